@@ -1,0 +1,153 @@
+"""`XSAMConfig`: every setting of X-SAM, its range and where it comes from."""
+
+import math
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
+
+SCOPES = ("trainable", "lora")
+
+
+@dataclass
+class XSAMConfig:
+    """Settings of X-SAM (arXiv 2601.10251). The defaults are the paper's.
+
+    Parameters that control the perturbation:
+        rho (`float`, *optional*, defaults to 0.05):
+            Radius of the perturbation, at least 0. The paper uses 0.05 and 0.1 for CNNs from scratch;
+            finetuning wants less (the README's recipe: 0.01).
+        adaptive (`bool`, *optional*, defaults to `False`):
+            Scale the perturbation by the weights (ASAM, arXiv 2102.11600). Its rho is 10 to 40 times larger.
+        rho_warmup_steps (`int`, *optional*, defaults to 0):
+            Optimizer steps over which rho grows linearly from 0.
+        ascent (`str`, *optional*, defaults to `"global"`):
+            `"global"` perturbs along the gradient of all processes' batches, `"local"` lets each process
+            perturb along its own (m-sharpness, arXiv 2010.01412), which saves an all-reduce.
+
+    Parameters that control the correction:
+        alpha (`float`, *optional*, defaults to 0.2):
+            Strength of the correction, 0 to 2. At 0 no eigenvector is estimated and the run is SAM.
+        correction (`str`, *optional*, defaults to `"paper"`):
+            `"paper"` (Eq. 11), `"projection"` (Theorem 5.1) or `"aligned"`: see
+            [`hf_xsam.correction.corrected_gradient`].
+        normalize_gradient (`bool`, *optional*, defaults to `True`):
+            Give the corrected gradient a norm of about 1, as Eq. 11 does; `False` keeps the norm of the
+            perturbed gradient.
+
+    Parameters that control the eigenvector:
+        eigen_interval (`int`, *optional*, defaults to 5):
+            Optimizer steps between two refreshes, at least 1. The paper uses 3 and 5.
+        eigen_start_step (`int`, *optional*, defaults to 0):
+            Optimizer step of the first refresh. Every step before it is plain SAM.
+        power_iterations (`int`, *optional*, defaults to 5):
+            Power iterations a refresh, at least 1.
+        hvp (`str`, *optional*, defaults to `"auto"`):
+            How Hessian-vector products are computed: `"exact"` (double backward), `"finite_difference"`,
+            or `"auto"`, exact wherever the model's operations allow it.
+        eigen_scope (`str`, *optional*, defaults to `"trainable"`):
+            The parameters that the eigenvector spans: `"trainable"`, `"lora"`, or a regular expression
+            searched for in the names of the trainable parameters.
+
+    Raises:
+        ValueError: for a value that is not allowed; the message names the field, the value and what is.
+    """
+
+    rho: float = field(default=0.05, metadata={"help": "Radius of the perturbation, >= 0."})
+    adaptive: bool = field(default=False, metadata={"help": "Scale the perturbation by the weights (ASAM)."})
+    alpha: float = field(
+        default=0.2, metadata={"help": "Strength of the correction along the eigenvector, 0 (plain SAM) to 2."}
+    )
+    correction: Literal["paper", "projection", "aligned"] = field(
+        default="paper",
+        metadata={"help": "How the gradient changes along the eigenvector: Eq. 11, damped, or amplified."},
+    )
+    normalize_gradient: bool = field(
+        default=True, metadata={"help": "Divide the perturbed gradient by its norm, as the paper does."}
+    )
+    eigen_interval: int = field(default=5, metadata={"help": "Optimizer steps between eigenvector refreshes, >= 1."})
+    eigen_start_step: int = field(
+        default=0, metadata={"help": "Optimizer step of the first eigenvector refresh, >= 0; plain SAM before it."}
+    )
+    rho_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps over which rho grows linearly from 0, >= 0."}
+    )
+    power_iterations: int = field(default=5, metadata={"help": "Power iterations an eigenvector refresh, >= 1."})
+    hvp: Literal["auto", "exact", "finite_difference"] = field(
+        default="auto",
+        metadata={"help": "Hessian-vector products by double backward, finite difference, or whichever works."},
+    )
+    eigen_scope: str = field(
+        default="trainable",
+        metadata={
+            "help": "Parameters that the eigenvector spans: 'trainable', 'lora', or a regular expression on names."
+        },
+    )
+    ascent: Literal["global", "local"] = field(
+        default="global",
+        metadata={"help": "Perturb along the gradient of all processes, or each process along its own."},
+    )
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if get_origin(spec.type) is Literal:
+                if value not in get_args(spec.type):
+                    raise self._error(spec.name, f"one of {', '.join(map(repr, get_args(spec.type)))}")
+            elif spec.type is bool:
+                if not isinstance(value, bool):
+                    raise self._error(spec.name, "True or False")
+            elif spec.type is float:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                    raise self._error(spec.name, "a finite number")
+            elif spec.type is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise self._error(spec.name, "an integer")
+        if self.rho < 0:
+            raise self._error("rho", "at least 0")
+        if not 0 <= self.alpha <= 2:
+            raise self._error("alpha", "from 0 to 2")
+        for name, least in (
+            ("eigen_interval", 1),
+            ("eigen_start_step", 0),
+            ("rho_warmup_steps", 0),
+            ("power_iterations", 1),
+        ):
+            if getattr(self, name) < least:
+                raise self._error(name, f"an integer of at least {least}")
+        try:
+            re.compile(self.eigen_scope)
+        except (re.error, TypeError) as error:
+            allowed = f"{' or '.join(map(repr, SCOPES))} or a regular expression ({error})"
+            raise self._error("eigen_scope", allowed) from error
+
+    def _error(self, name: str, allowed: str) -> ValueError:
+        return ValueError(f"XSAMConfig.{name} is {getattr(self, name)!r}; it must be {allowed}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a dictionary that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> "XSAMConfig":
+        """Build the settings from what `to_dict` returned; fields left out keep their defaults.
+
+        Raises:
+            ValueError: for an unknown field or a value that is not allowed.
+        """
+        known = [spec.name for spec in fields(cls)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ValueError(f"XSAMConfig has no field {', '.join(unknown)}; its fields are {', '.join(known)}.")
+        return cls(**settings)
+
+    def rho_at(self, step: int) -> float:
+        """Return the radius at optimizer step `step`, counted from 0, under the linear warmup."""
+        return self.rho * min(1.0, step / self.rho_warmup_steps) if self.rho_warmup_steps else self.rho
+
+    def refreshes_at(self, step: int) -> bool:
+        """Return whether the eigenvector is refreshed at optimizer step `step`, counted from 0."""
+        since = step - self.eigen_start_step
+        return self.alpha > 0 and since >= 0 and since % self.eigen_interval == 0
+
+    def corrects_at(self, step: int) -> bool:
+        """Return whether the gradient of optimizer step `step`, counted from 0, is corrected, not plain SAM's."""
+        return self.alpha > 0 and step >= self.eigen_start_step

@@ -1,0 +1,48 @@
+"""X-SAM's correction of the perturbed gradient along the Hessian's top eigenvector."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from .tensors import add_scaled, dot, norm, reciprocal_or_zero, scale
+
+Correction = Literal["paper", "projection", "aligned"]
+
+
+def corrected_gradient(
+    gradient: Sequence[Tensor],
+    eigenvector: Sequence[Tensor],
+    alpha: float,
+    correction: Correction = "paper",
+    normalize: bool = True,
+) -> list[Tensor]:
+    """Return the descent gradient d, the perturbed gradient a with its part along v changed.
+
+    - "paper" (X-SAM, arXiv 2601.10251, Eq. 11): d = u - alpha * abs(<u, v>) * v. It depends on the
+      sign of v, which the Hessian leaves open and the warm start alone fixes.
+    - "projection" (Theorem 5.1): d = u - alpha * <u, v> * v damps the part along v.
+    - "aligned": d = u + alpha * <u, v> * v amplifies it, so that the step goes down the steepest
+      direction faster and the top eigenvalue falls.
+
+    u is a / norm(a) when `normalize`, else a.
+
+    Args:
+        gradient: a, the loss gradient at w + eps, one tensor a parameter.
+        eigenvector: v, shaped like `gradient`, of norm 1 over all parameters.
+        alpha: strength of the correction; 0 leaves u.
+        correction: which formula.
+        normalize: whether d starts from a of norm 1 (the paper) or keeps the norm of a.
+
+    Returns:
+        d, shaped like `gradient`, in float32 or wider.
+    """
+    direction = scale(reciprocal_or_zero(norm(gradient)), gradient) if normalize else list(gradient)
+    along = dot(direction, eigenvector)
+    if correction == "paper":
+        factor = -alpha * along.abs()
+    elif correction == "projection":
+        factor = -alpha * along
+    else:
+        factor = alpha * along
+    return add_scaled(direction, factor, eigenvector)

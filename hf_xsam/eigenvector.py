@@ -1,0 +1,159 @@
+"""The top eigenvector of the Hessian: Hessian-vector products and power iteration."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .perturbation import perturbed
+from .tensors import add_scaled, dot, norm, reciprocal_or_zero, scale, wide_dtype
+
+HessianVectorProduct = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class Eigenpair(NamedTuple):
+    """An estimate of the top eigenvector v, its eigenvalue, and the spectral shift it was found with."""
+
+    vector: list[Tensor]
+    value: Tensor
+    shift: Tensor
+
+
+def random_unit_vector(parameters: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Return a random vector shaped like `parameters`, of norm 1, in float32 or wider.
+
+    It draws from generators of its own, so the global random state stays as it is and each process
+    of a distributed run gets the same vector.
+    """
+    generators: dict[torch.device, torch.Generator] = {}
+    vector = []
+    for parameter in parameters:
+        device = parameter.device
+        if device not in generators:
+            generators[device] = torch.Generator(device).manual_seed(seed)
+        vector.append(
+            torch.randn(parameter.shape, generator=generators[device], dtype=wide_dtype(parameter), device=device)
+        )
+    return scale(reciprocal_or_zero(norm(vector)), vector)
+
+
+def exact_hessian_vector_product(
+    losses: Callable[[], Iterable[Tensor]], parameters: Sequence[Tensor], keep_graph: bool
+) -> HessianVectorProduct:
+    """Return v -> H v for the Hessian H of the sum of `losses` with respect to `parameters`.
+
+    H v = grad <grad L, v> by double backward (Pearlmutter, 1994).
+
+    Args:
+        losses: computes the loss terms of L afresh, each with its graph.
+        parameters: what to differentiate with respect to; one that L does not use has a zero row in H.
+        keep_graph: build the gradient's graph once, for all products. It saves a forward and a backward pass a
+            product, and holds the graphs of all terms at the same time.
+    """
+
+    def gradients() -> Iterable[list[Tensor | None]]:
+        for loss in losses():
+            yield list(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
+
+    kept = list(gradients()) if keep_graph else None
+
+    def product(vector: Sequence[Tensor]) -> list[Tensor]:
+        total = [torch.zeros_like(x) for x in vector]
+        for gradient in gradients() if kept is None else kept:
+            # A term that is linear in a parameter has a gradient without a graph: its second derivative is zero.
+            terms = [(g, x) for g, x in zip(gradient, vector, strict=True) if g is not None and g.requires_grad]
+            if not terms:
+                continue
+            second = torch.autograd.grad(
+                [g for g, _ in terms],
+                parameters,
+                [x.to(g.dtype) for g, x in terms],
+                retain_graph=keep_graph,
+                allow_unused=True,
+            )
+            for sum_, term in zip(total, second, strict=True):
+                if term is not None:
+                    sum_.add_(term)
+        return total
+
+    return product
+
+
+def finite_difference_step(parameters: Sequence[Tensor], precision: torch.dtype) -> Tensor:
+    """Return the step h of the finite difference: 5 * sqrt(machine epsilon) * root mean square of the weights.
+
+    The error has two parts, the change of H along the way, proportional to h, and rounding, proportional to
+    epsilon / h; both are small near sqrt(epsilon). The factor 5 was measured: on tiny BERT, ViT and Llama and
+    on MiniLM-L6 in float32 the error along the gradient and the top eigenvector is 0.1% to 0.5%.
+
+    Args:
+        parameters: the weights that the step moves.
+        precision: dtype that the loss is computed in, under autocast narrower than the weights.
+
+    Returns:
+        h, 0-dimensional, in the units of the weights.
+    """
+    mean_square = norm(parameters).square() / sum(parameter.numel() for parameter in parameters)
+    root_mean_square = torch.where(mean_square == 0, torch.ones_like(mean_square), mean_square.sqrt())
+    return 5 * torch.finfo(precision).eps ** 0.5 * root_mean_square
+
+
+def finite_difference_hessian_vector_product(
+    gradient_here: Callable[[], list[Tensor]], parameters: Sequence[Tensor], gradient: Sequence[Tensor], step: Tensor
+) -> HessianVectorProduct:
+    """Return v -> (grad L(w + h v) - grad L(w)) / h, which is H v + O(h).
+
+    Args:
+        gradient_here: computes grad L at the weights as they stand when it is called.
+        parameters: w, moved during each call of `gradient_here` and restored exactly.
+        gradient: grad L(w), shaped like `parameters`.
+        step: h, 0-dimensional, in the units of the weights.
+    """
+
+    def product(vector: Sequence[Tensor]) -> list[Tensor]:
+        with perturbed(parameters, scale(step, vector)):
+            moved = gradient_here()
+        difference = [there.to(wide_dtype(there)) - here for there, here in zip(moved, gradient, strict=True)]
+        return scale(1 / step, difference)
+
+    return product
+
+
+def power_iteration(
+    hessian_vector_product: HessianVectorProduct,
+    start: Sequence[Tensor],
+    iterations: int,
+    shift: Tensor | None = None,
+) -> Eigenpair:
+    """Return the Hessian's top eigenpair, the algebraically largest, by power iteration from `start`.
+
+    Each iteration sets v to (H - s I) v over its norm. Plain power iteration (s = 0, the paper's) finds the
+    eigenvalue of largest absolute value; where the Rayleigh quotient turns out negative, s becomes
+    -norm(H v), which lifts the negative end of the spectrum above zero and keeps the top on top.
+
+    Args:
+        hessian_vector_product: v -> H v.
+        start: v to start from, of norm 1.
+        iterations: products to spend, at least 1.
+        shift: s to start with, 0-dimensional and at most 0, from an earlier estimate; None is 0.
+
+    Returns:
+        The last v, of norm 1; the Rayleigh quotient <v, H v> of the v before it, which costs no
+        further product; and s. A product that is zero or not finite leaves v as it is.
+    """
+    vector = list(start)
+    value = norm(vector) * 0
+    shift = value if shift is None else shift.to(value)
+    for _ in range(iterations):
+        product = hessian_vector_product(vector)
+        value = dot(vector, product)
+        shift = torch.where(value < 0, torch.minimum(shift, -norm(product)), shift)
+        shifted = add_scaled(product, -shift, vector)
+        length = norm(shifted)
+        usable = torch.isfinite(length) & (length > 0)
+        vector = [
+            torch.where(usable.to(old.device), new, old)
+            for new, old in zip(scale(1 / length, shifted), vector, strict=True)
+        ]
+    return Eigenpair(vector, value, shift)

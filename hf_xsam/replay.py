@@ -1,0 +1,143 @@
+"""Running training steps again: the same random numbers, the buffers untouched, the loss caught."""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass
+class RandomState:
+    """The states of all random generators that a forward pass may draw from."""
+
+    python: object
+    numpy: Any
+    cpu: Tensor
+    device: Tensor | None
+
+    @classmethod
+    def capture(cls, device: torch.device) -> "RandomState":
+        """Read the generators of Python, NumPy, the CPU, and `device`."""
+        generator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), generator)
+
+    def restore(self, device: torch.device) -> None:
+        """Set the generators to this state."""
+        random.setstate(self.python)  # type: ignore[arg-type]
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.device is not None:
+            torch.get_device_module(device).set_rng_state(self.device)
+
+
+@dataclass
+class MicroBatch:
+    """What a call of `training_step` was given, enough to make the same call again, and the loss it returned."""
+
+    inputs: Mapping[str, Any]
+    num_items_in_batch: Tensor | int | None
+    random_state: RandomState
+    loss: Tensor
+
+
+@dataclass
+class Replay:
+    """The training steps of one accumulation window, to run again at other weights with the same random numbers.
+
+    Attributes:
+        training_step: the stock step: forward, loss scaling and backward of one micro-batch.
+        accelerator: the trainer's.
+        model: as prepared by the accelerator.
+        micro_batches: the window, in order.
+    """
+
+    training_step: Callable[..., Tensor]
+    accelerator: Accelerator
+    model: nn.Module
+    micro_batches: list[MicroBatch]
+
+    def run(self, synchronize: bool = True) -> Tensor:
+        """Leave the window's gradient in `.grad`, averaged over the processes if `synchronize`; return its loss."""
+        self.model.zero_grad()
+        losses = []
+        for micro_batch in self.micro_batches:
+            last = micro_batch is self.micro_batches[-1]
+            with nullcontext() if last and synchronize else self.accelerator.no_sync(self.model):
+                losses.append(self._step(self.model, micro_batch))
+        return torch.stack(losses).sum()
+
+    def gradient(self, parameters: Sequence[Tensor], synchronize: bool = True) -> list[Tensor]:
+        """Return the window's gradient at the weights as they stand; zero where the loss does not reach."""
+        self.run(synchronize)
+        return gradients(parameters)
+
+    def losses(self) -> Iterator[Tensor]:
+        """Compute each micro-batch's loss, with a graph that can be differentiated twice, and no backward pass."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        for micro_batch in self.micro_batches:
+            with twice_differentiable_attention(), _loss_caught(self.accelerator) as caught:
+                self._step(model, micro_batch)
+            yield from caught
+
+    def _step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        micro_batch.random_state.restore(self.accelerator.device)
+        # A copy, for a step may take `labels` out of the dictionary that it gets.
+        return self.training_step(model, copy(micro_batch.inputs), micro_batch.num_items_in_batch)
+
+
+def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return what the last backward passes left in `.grad`, zeros where they left nothing.
+
+    Raises:
+        ValueError: for sparse gradients, which X-SAM cannot perturb along.
+    """
+    if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
+        raise ValueError("X-SAM needs dense gradients; build the model's embeddings with sparse=False.")
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
+def twice_differentiable_attention() -> AbstractContextManager[None]:
+    """Have scaled_dot_product_attention use its math kernel; the fused ones have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@contextmanager
+def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Undo what forward passes within the block do to random generators and to the model's buffers.
+
+    Batch norm's running statistics thus move once an optimizer step, by the pass at the unperturbed weights.
+    """
+    random_state = RandomState.capture(device)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        random_state.restore(device)
+        with torch.no_grad():
+            for buffer, original in buffers:
+                buffer.copy_(original)
+
+
+@contextmanager
+def _loss_caught(accelerator: Accelerator) -> Iterator[list[Tensor]]:
+    """Catch the losses that training steps within the block hand to `accelerator.backward`.
+
+    The caught losses are scaled as their gradients would have been (gradient accumulation, GradScaler).
+    """
+    losses: list[Tensor] = []
+
+    def catch(loss: Tensor, **kwargs: Any) -> None:
+        loss = loss / accelerator.gradient_accumulation_steps
+        losses.append(loss if accelerator.scaler is None else accelerator.scaler.scale(loss))
+
+    with patch.object(accelerator, "backward", catch):
+        yield losses

@@ -1,0 +1,78 @@
+"""What X-SAM cannot work with, found out before it goes wrong silently."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+STEPS_INSIDE_BACKWARD = ("Lomo", "AdaLomo")
+
+
+def refuse_unsupported(trainer: "Trainer") -> None:
+    """Raise where X-SAM would not do what it says under this trainer's arguments.
+
+    Raises:
+        ValueError: naming the argument, its value and what to use instead.
+    """
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    optimizer = type(trainer.optimizer).__name__
+    if "lomo" in optim or optim.endswith("layerwise") or optimizer in STEPS_INSIDE_BACKWARD:
+        name = optimizer if optimizer in STEPS_INSIDE_BACKWARD else f"optim={optim!r}"
+        raise ValueError(
+            f"{name} updates the weights inside the backward pass, before X-SAM has its second gradient. "
+            "Use an optimizer that updates in step(), such as optim='adamw_torch' or optim='galore_adamw'."
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"X-SAM does not support torch.nn.DataParallel, which Trainer uses for {trainer.args.n_gpu} GPUs in one "
+            "process. Start the script with `accelerate launch` (DistributedDataParallel), or show it one GPU with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "X-SAM does not support DeepSpeed yet (args.deepspeed is set): it keeps gradients and weights to itself. "
+            "Use DistributedDataParallel: `accelerate launch --multi_gpu`."
+        )
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "X-SAM does not support FSDP yet (args.fsdp is set). "
+            "Use DistributedDataParallel: `accelerate launch --multi_gpu`."
+        )
+
+
+def double_backward_obstacle(loss: Tensor, parameters: Sequence[Tensor]) -> str | None:
+    """Return why the Hessian-vector product of `loss` cannot be had by double backward, or None if it can.
+
+    Operations that have no second derivative raise. Python-defined ones (fused kernels such as FlashAttention's and
+    Liger's, reentrant checkpointing) may instead give zeros without a word, so their presence alone counts.
+    """
+    custom = _python_function_in_graph(loss)
+    if custom is not None:
+        return f"the second derivative of the Python-defined operation {custom} cannot be trusted"
+    try:
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        curved = [g for g in gradient if g is not None and g.requires_grad]
+        if curved:
+            torch.autograd.grad(curved, parameters, [torch.zeros_like(g) for g in curved], allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _python_function_in_graph(loss: Tensor) -> str | None:
+    stack, seen = [loss.grad_fn], {loss.grad_fn}
+    while stack:
+        node = stack.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return node.name()
+        for following, _ in node.next_functions if node is not None else ():
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return None
