@@ -129,8 +129,9 @@ def power_iteration(
     """Return the Hessian's top eigenpair, the algebraically largest, by power iteration from `start`.
 
     Each iteration sets v to (H - s I) v over its norm. Plain power iteration (s = 0, the paper's) finds the
-    eigenvalue of largest absolute value; where the Rayleigh quotient turns out negative, s becomes
-    -norm(H v), which lifts the negative end of the spectrum above zero and keeps the top on top.
+    eigenvalue of largest absolute value. Where that is a negative one, the Rayleigh quotient nears -norm(H v);
+    past half of that, s becomes -norm(H v), which lifts the negative end of the spectrum to about zero and
+    leaves the top eigenvalue the largest. (A random start's quotient is often slightly negative and says nothing.)
 
     Args:
         hessian_vector_product: v -> H v.
@@ -148,7 +149,8 @@ def power_iteration(
     for _ in range(iterations):
         product = hessian_vector_product(vector)
         value = dot(vector, product)
-        shift = torch.where(value < 0, torch.minimum(shift, -norm(product)), shift)
+        size = norm(product)
+        shift = torch.where(value < -size / 2, torch.minimum(shift, -size), shift)
         shifted = add_scaled(product, -shift, vector)
         length = norm(shifted)
         usable = torch.isfinite(length) & (length > 0)

@@ -44,14 +44,17 @@ def refuse_unsupported(trainer: "Trainer") -> None:
         )
 
 
-def double_backward_obstacle(loss: Tensor, parameters: Sequence[Tensor]) -> str | None:
+def double_backward_obstacle(
+    loss: Tensor, parameters: Sequence[Tensor], trust_python_functions: bool = False
+) -> str | None:
     """Return why the Hessian-vector product of `loss` cannot be had by double backward, or None if it can.
 
     Operations that have no second derivative raise. Python-defined ones (fused kernels such as FlashAttention's and
-    Liger's, reentrant checkpointing) may instead give zeros without a word, so their presence alone counts.
+    Liger's, reentrant checkpointing) may instead give zeros without a word, so unless `trust_python_functions`
+    their presence alone counts.
     """
     custom = _python_function_in_graph(loss)
-    if custom is not None:
+    if custom is not None and not trust_python_functions:
         return f"the second derivative of the Python-defined operation {custom} cannot be trusted"
     try:
         gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)

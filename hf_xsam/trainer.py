@@ -69,7 +69,8 @@ class XSAMTrainerMixin(_Trainer):
         self.xsam_state = XSAMState()
         self._window: list[MicroBatch] = []
         self._metrics = RunningMeans()
-        self._hvp_method = None if self.xsam_config.hvp == "auto" else self.xsam_config.hvp
+        # Set at the first product, which shows what the model allows.
+        self._hvp_method = "finite_difference" if self.xsam_config.hvp == "finite_difference" else None
         self._logs_far_above = 0
         refuse_unsupported(self)
         self._eigen_parameters()  # an eigen_scope that matches nothing is refused now
@@ -159,7 +160,13 @@ class XSAMTrainerMixin(_Trainer):
     ) -> HessianVectorProduct:
         """Return v -> H v of the unscaled loss over all processes' batches, by the configured or chosen method."""
         if self._hvp_method is None:
-            obstacle = double_backward_obstacle(next(losses()), parameters)
+            asked = self.xsam_config.hvp == "exact"
+            obstacle = double_backward_obstacle(next(losses()), parameters, trust_python_functions=asked)
+            if obstacle and asked:
+                raise RuntimeError(
+                    f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle} "
+                    "Use hvp='finite_difference' or hvp='auto'."
+                )
             self._hvp_method = "finite_difference" if obstacle else "exact"
             reason = obstacle or "every operation of the model has a second derivative"
             logger.info("X-SAM computes Hessian-vector products with hvp=%r: %s.", self._hvp_method, reason)
@@ -197,6 +204,7 @@ class XSAMTrainerMixin(_Trainer):
             for batch in batches:
                 with twice_differentiable_attention(), self.accelerator.autocast():
                     loss = self.compute_loss(model, send_to_device(dict(batch), self.args.device))
+                assert isinstance(loss, Tensor)  # a tuple only with return_outputs
                 yield self._loss_scale() * loss / len(batches)
 
         def gradient_here() -> list[Tensor]:

@@ -22,6 +22,14 @@ class Classifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(self.layers(x), labels)}
 
 
+class InOrder(torch.utils.data.IterableDataset):
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __iter__(self):
+        return iter(self.examples)
+
+
 class Recorder(TrainerCallback):
     def __init__(self):
         self.weights = []
@@ -51,10 +59,9 @@ def test_every_step_matches_the_authors(name, micro_batches, tmp_path):
         model=model,
         args=TrainingArguments(
             output_dir=tmp_path,
-            num_train_epochs=1,
+            max_steps=len(golden["steps"]),
             per_device_train_batch_size=size // micro_batches,
             gradient_accumulation_steps=micro_batches,
-            train_sampling_strategy="sequential",
             lr_scheduler_type="constant",
             max_grad_norm=0,
             report_to="none",
@@ -63,7 +70,7 @@ def test_every_step_matches_the_authors(name, micro_batches, tmp_path):
             logging_steps=1,
             remove_unused_columns=False,
         ),
-        train_dataset=examples,
+        train_dataset=InOrder(examples),
         optimizers=(optimizer, None),
         callbacks=[recorder := Recorder()],
         xsam_config=XSAMConfig(

@@ -1,0 +1,71 @@
+"""Short runs of a trainer on a tiny model, and their weights."""
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_xsam import XSAMTrainer
+
+PLAIN = {"rho": 0.0, "alpha": 0.0, "normalize_gradient": False}
+
+
+def arguments(folder, **overrides):
+    settings = {
+        "output_dir": str(folder),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "remove_unused_columns": False,
+    }
+    return TrainingArguments(**{**settings, **overrides})
+
+
+def examples_of(batch):
+    """Split a batch into the examples that the default collator puts together again."""
+    size = len(next(iter(batch.values())))
+    return [{name: column[i] for name, column in batch.items()} for i in range(size)]
+
+
+def weights_of(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+
+
+def run(model, batch, folder, xsam_config=None, trainer_class=None, callbacks=None, optimizer="SGD", **overrides):
+    """Train `model` on `batch`, by X-SAM if there is an `xsam_config`, and return the trainer."""
+    settings = {"optimizer_cls_and_kwargs": (getattr(torch.optim, optimizer), {"lr": 1e-2})}
+    for name in ("compute_loss_func", "model_init"):
+        if name in overrides:
+            settings[name] = overrides.pop(name)
+    if xsam_config is not None:
+        settings["xsam_config"] = xsam_config
+    if "model_init" not in settings:
+        settings["model"] = model
+    trainer_class = trainer_class or (Trainer if xsam_config is None else XSAMTrainer)
+    trainer = trainer_class(
+        args=arguments(folder, **overrides), train_dataset=examples_of(batch), callbacks=callbacks, **settings
+    )
+    trainer.train()
+    return trainer
+
+
+def logs_of(trainer):
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+class WeightRecorder(TrainerCallback):
+    """Keeps the weights at the start and at the end of every optimizer step's gradient computation."""
+
+    def __init__(self):
+        self.before, self.after_gradient = [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before.append(weights_of(model))
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.after_gradient.append(weights_of(model))

@@ -1,0 +1,459 @@
+"""X-SAM against the stock Trainer, and with the Trainer's features."""
+
+import logging
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer
+
+from hf_xsam import XSAMConfig, XSAMSeq2SeqTrainer, XSAMTrainer, XSAMTrainerMixin
+
+from .helpers import PLAIN, WeightRecorder, arguments, examples_of, logs_of, run, weights_of
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+
+
+def bert(dropout=0.0, seed=0, **settings):
+    torch.manual_seed(seed)
+    probabilities = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return BertForSequenceClassification(BertConfig(**SIZES, **probabilities, **settings))
+
+
+def llama(seed=0):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=0))
+
+
+def sentences(count=16, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 50, (count, 8), generator=generator)
+    return {"input_ids": ids, "labels": torch.randint(0, 2, (count,), generator=generator)}
+
+
+def padded_text(count=16, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 50, (count, 8), generator=generator)
+    lengths = torch.randint(2, 9, (count, 1), generator=generator)
+    mask = torch.arange(8) < lengths
+    return {"input_ids": ids * mask, "attention_mask": mask.long(), "labels": torch.where(mask, ids, -100)}
+
+
+class MeanLossTrainer(XSAMTrainer):
+    """For models whose loss is a per-batch mean, though their `forward` accepts `num_items_in_batch`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+class BatchNormClassifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x, labels):
+        return {"loss": nn.functional.cross_entropy(self.layers(x), labels)}
+
+
+def points(count=16):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, 6, generator=generator)
+    return {"x": x, "labels": torch.randint(0, 3, (count,), generator=generator)}
+
+
+class TestEqualsStockTrainer:
+    """With rho = 0, alpha = 0 and no normalization, bit for bit."""
+
+    @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+    @pytest.mark.parametrize("dropout", [0.0, 0.1])
+    @pytest.mark.parametrize(
+        ("examples", "accumulation"), [(16, 1), (16, 2), (20, 2), (18, 4)], ids=["1x4", "2x4", "short-window", "both"]
+    )
+    def test_weights_and_losses(self, tmp_path, optimizer, dropout, examples, accumulation):
+        settings = {"optimizer": optimizer, "gradient_accumulation_steps": accumulation, "max_grad_norm": 1.0}
+        stock = run(bert(dropout), sentences(examples), tmp_path, **settings)
+        ours = run(bert(dropout), sentences(examples), tmp_path, XSAMConfig(**PLAIN), **settings)
+        assert torch.equal(weights_of(ours.model), weights_of(stock.model))
+        assert not torch.equal(weights_of(ours.model), weights_of(bert(dropout)))
+        for ours_log, stock_log in zip(logs_of(ours), logs_of(stock), strict=True):
+            assert {name: ours_log[name] for name in stock_log} == stock_log
+
+    def test_estimating_the_eigenvector_consumes_no_randomness(self, tmp_path):
+        def drawn_after(config):
+            run(bert(0.1), sentences(), tmp_path, config, gradient_accumulation_steps=2)
+            return torch.rand(4)
+
+        assert torch.equal(drawn_after(XSAMConfig()), drawn_after(None))
+
+    def test_a_replay_sees_the_same_dropout(self, tmp_path):
+        log = logs_of(run(bert(0.3), sentences(), tmp_path, XSAMConfig(**PLAIN)))[0]
+        assert log["xsam/sharpness"] == 0
+        assert log["xsam/gradient_norm"] == log["xsam/perturbed_gradient_norm"]
+
+
+class TestAccumulation:
+    """Micro-batches give the weights of the whole batch."""
+
+    CONFIG = {"rho": 0.1, "alpha": 0.5, "eigen_interval": 2}
+
+    @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+    @pytest.mark.parametrize("correction", ["paper", "projection", "aligned"])
+    def test_mean_loss(self, tmp_path, correction, hvp):
+        config = XSAMConfig(**self.CONFIG, correction=correction, hvp=hvp)
+        self.check(lambda: bert().double(), sentences(), tmp_path, config, MeanLossTrainer)
+
+    @pytest.mark.parametrize("adaptive", [False, True])
+    def test_causal_language_model_with_padding(self, tmp_path, adaptive):
+        config = XSAMConfig(**self.CONFIG, adaptive=adaptive)
+        self.check(lambda: llama().double(), padded_text(), tmp_path, config, XSAMTrainer)
+
+    def check(self, build, batch, folder, config, trainer_class):
+        settings = {"trainer_class": trainer_class, "num_train_epochs": 4}
+        whole = run(build(), batch, folder, config, per_device_train_batch_size=16, **settings)
+        parts = run(build(), batch, folder, config, gradient_accumulation_steps=4, **settings)
+        assert whole.state.global_step == parts.state.global_step == 4
+        tolerance = 1e-9 if config.hvp != "finite_difference" else 1e-6
+        torch.testing.assert_close(weights_of(parts.model), weights_of(whole.model), rtol=0, atol=tolerance)
+
+
+class TestRestore:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+    def test_weights_come_back_bit_for_bit(self, tmp_path, dtype, hvp):
+        recorder = WeightRecorder()
+        config = XSAMConfig(rho=0.5, hvp=hvp, eigen_interval=1)
+        trainer = run(bert().to(dtype), sentences(), tmp_path, config, callbacks=[recorder])
+        assert len(recorder.before) == 8
+        for before, after in zip(recorder.before, recorder.after_gradient, strict=True):
+            assert torch.equal(before, after)
+        assert logs_of(trainer)[0]["xsam/sharpness"] != 0
+
+    @pytest.mark.parametrize("absent_in", [1, 2])
+    def test_of_a_parameter_without_gradient_in_one_pass(self, tmp_path, absent_in):
+        class Switching(BatchNormClassifier):
+            calls = 0
+
+            def forward(self, x, labels):
+                type(self).calls += 1
+                loss = super().forward(x, labels)["loss"]
+                return {"loss": loss if type(self).calls % 2 == absent_in % 2 else loss + self.unused.weight.sum()}
+
+        Switching.calls = 0
+        recorder = WeightRecorder()
+        run(Switching(), points(), tmp_path, XSAMConfig(rho=0.5, alpha=0.0), callbacks=[recorder])
+        for before, after in zip(recorder.before, recorder.after_gradient, strict=True):
+            assert torch.equal(before, after)
+
+    @pytest.mark.parametrize("failing_call", [2, 3, 7])
+    @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+    def test_after_an_exception_in_a_replay(self, tmp_path, error, failing_call):
+        class Failing(BatchNormClassifier):
+            calls = 0
+
+            def forward(self, x, labels):
+                self.calls += 1
+                if self.calls == failing_call:
+                    raise error
+                return super().forward(x, labels)
+
+        model = Failing()
+        before = weights_of(model)
+        config = XSAMConfig(rho=0.5, hvp="finite_difference", power_iterations=5)
+        settings = {"optimizer": "SGD", "callbacks": [recorder := WeightRecorder()]}
+        with pytest.raises(type(error)):
+            run(model, points(), tmp_path, config, **settings)
+        assert torch.equal(weights_of(model), recorder.before[-1])
+        assert len(recorder.before) > 1 or torch.equal(before, weights_of(model))
+
+
+class TestEigenvector:
+    def test_schedule_and_logs(self, tmp_path):
+        config = XSAMConfig(eigen_start_step=2, eigen_interval=3)
+        trainer = run(bert(), sentences(), tmp_path, config)
+        values = [log.get("xsam/eigenvalue") for log in logs_of(trainer)]
+        assert values[:2] == [None, None]
+        assert values[2] == values[3] == values[4] != values[5] == values[6] == values[7]
+        assert trainer.xsam_state.step == 8
+        assert trainer.xsam_state.eigenvalue.item() == pytest.approx(values[-1])
+        state = trainer.xsam_state.eigenvector
+        assert list(state) == [name for name, _ in trainer.model.named_parameters()]
+        assert math.sqrt(sum(part.square().sum().item() for part in state.values())) == pytest.approx(1, abs=1e-5)
+        last = logs_of(trainer)[-1]
+        assert last["xsam/angle_degrees"] == pytest.approx(math.degrees(math.acos(last["xsam/cosine"])), abs=1e-3)
+        assert last["xsam/sharpness"] == pytest.approx(last["xsam/perturbed_loss"] - last["loss"], abs=1e-4)
+
+    def test_before_the_first_refresh_the_step_is_sam(self, tmp_path):
+        late = run(bert(), sentences(), tmp_path, XSAMConfig(eigen_start_step=100))
+        sam = run(bert(), sentences(), tmp_path, XSAMConfig(alpha=0.0), max_grad_norm=1e6)
+        assert torch.equal(weights_of(late.model), weights_of(sam.model))
+        assert late.xsam_state.eigenvector is None
+        log = logs_of(sam)[0]
+        assert log["grad_norm"] == pytest.approx(log["xsam/perturbed_gradient_norm"])
+
+    def test_logs_are_averaged_between_logging_steps(self, tmp_path):
+        each = logs_of(run(bert(), sentences(), tmp_path, XSAMConfig()))
+        fourth = logs_of(run(bert(), sentences(), tmp_path, XSAMConfig(), logging_steps=4))
+        for name in ("xsam/eigenvalue", "xsam/cosine", "xsam/perturbed_loss", "xsam/gradient_norm"):
+            assert fourth[0][name] == pytest.approx(sum(log[name] for log in each[:4]) / 4, rel=1e-5)
+            assert fourth[1][name] == pytest.approx(sum(log[name] for log in each[4:]) / 4, rel=1e-5)
+
+    def test_warm_start_of_wrong_names_or_shape_is_refused(self, tmp_path):
+        trainer = XSAMTrainer(
+            model=BatchNormClassifier(), args=arguments(tmp_path), train_dataset=examples_of(points())
+        )
+        trainer.xsam_state.eigenvector = {"nothing": torch.ones(2)}
+        with pytest.raises(ValueError, match="eigenvector names 'nothing'"):
+            trainer.train()
+        trainer.xsam_state.eigenvector = {"layers.0.weight": torch.ones(2)}
+        with pytest.raises(ValueError, match=r"layers\.0\.weight.* shape \(2,\).*\(8, 6\)"):
+            trainer.train()
+
+    def test_scope(self, tmp_path):
+        config = XSAMConfig(eigen_scope=r"encoder\.layer\.1\.", alpha=1.0)
+        trainer = run(bert(), sentences(), tmp_path, config)
+        names = list(trainer.xsam_state.eigenvector)
+        assert names == [n for n, _ in trainer.model.named_parameters() if "encoder.layer.1." in n]
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_auto_says_once_which_product_and_why(self, tmp_path, caplog, use_reentrant):
+        caplog.set_level(logging.INFO, "hf_xsam.trainer")
+        trainer = XSAMTrainer(
+            model=bert(),
+            args=arguments(
+                tmp_path,
+                gradient_checkpointing=use_reentrant,
+                gradient_checkpointing_kwargs={"use_reentrant": True} if use_reentrant else None,
+            ),
+            train_dataset=examples_of(sentences()),
+            xsam_config=XSAMConfig(),
+        )
+        trainer.train()
+        said = [record.getMessage() for record in caplog.records if "hvp=" in record.getMessage()]
+        assert len(said) == 1
+        expected = "hvp='finite_difference': the second derivative of the Python-defined operation CheckpointFunction"
+        assert (expected if use_reentrant else "hvp='exact'") in said[0]
+
+    def test_top_eigenpair_matches_lanczos(self, tmp_path):
+        trainer = run(bert().double(), sentences(), tmp_path, XSAMConfig(alpha=0.0))
+        trainer.model.eval()
+        parameters = list(trainer.model.parameters())
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            gradient = torch.autograd.grad(trainer.model(**sentences()).loss, parameters, create_graph=True)
+        flat = torch.cat([g.flatten() for g in gradient])
+
+        def product(vector):
+            parts = torch.autograd.grad(flat, parameters, torch.as_tensor(vector).flatten(), retain_graph=True)
+            return torch.cat([part.flatten() for part in parts]).numpy()
+
+        from scipy.sparse.linalg import LinearOperator, eigsh
+
+        value, vector = eigsh(LinearOperator((len(flat),) * 2, matvec=product, dtype=float), k=1, which="LA")
+        batch = sentences()
+        halves = [{k: v[:8] for k, v in batch.items()}, {k: v[8:] for k, v in batch.items()}]
+        ours, ours_value = trainer.top_eigenpair(halves, iterations=100)
+        flat_ours = torch.cat([ours[name].flatten() for name, _ in trainer.model.named_parameters()])
+        assert ours_value == pytest.approx(value[0], rel=0.01)
+        assert abs(flat_ours @ torch.as_tensor(vector[:, 0]).double()) > 0.999
+
+
+class TestTrainerFeatures:
+    def test_frozen_parameters_stay(self, tmp_path):
+        model = bert()
+        model.bert.embeddings.requires_grad_(False)
+        before = weights_of(model.bert.embeddings)
+        trainer = run(model, sentences(), tmp_path, XSAMConfig(rho=0.5))
+        assert torch.equal(weights_of(model.bert.embeddings), before)
+        assert not any("embeddings" in name for name in trainer.xsam_state.eigenvector)
+
+    def test_tied_weights_stay_tied(self, tmp_path):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+        trainer = run(model, padded_text(), tmp_path, XSAMConfig(rho=0.1))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert "lm_head.weight" not in trainer.xsam_state.eigenvector
+
+    def test_batch_norm_moves_once_a_step(self, tmp_path):
+        model = BatchNormClassifier()
+        config = XSAMConfig(rho=0.5, eigen_interval=1)
+        run(model, points(), tmp_path, config, num_train_epochs=1, gradient_accumulation_steps=2)
+        norm = model.layers[1]
+        assert norm.num_batches_tracked == 4
+        stock = BatchNormClassifier()
+        run(stock, points(), tmp_path, num_train_epochs=1, max_steps=1)
+        once = BatchNormClassifier()
+        run(once, points(), tmp_path, config, num_train_epochs=1, max_steps=1)
+        assert torch.equal(once.layers[1].running_mean, stock.layers[1].running_mean)
+        assert torch.equal(once.layers[1].running_var, stock.layers[1].running_var)
+
+    def test_parameters_without_gradient_are_left_alone(self, tmp_path):
+        model = BatchNormClassifier()
+        before = weights_of(model.unused)
+        run(model, points(), tmp_path, XSAMConfig(), optimizer="AdamW")
+        assert model.unused.weight.grad is None
+        assert torch.equal(weights_of(model.unused), before)
+
+    def test_model_init_starts_afresh(self, tmp_path):
+        trainer = run(None, sentences(), tmp_path, XSAMConfig(), model_init=lambda: bert())
+        first = weights_of(trainer.model)
+        trainer.train()
+        assert torch.equal(weights_of(trainer.model), first)
+
+    def test_label_smoothing(self, tmp_path):
+        settings = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2}
+        stock = run(bert(), sentences(), tmp_path, **settings)
+        ours = run(bert(), sentences(), tmp_path, XSAMConfig(**PLAIN), **settings)
+        assert torch.equal(weights_of(ours.model), weights_of(stock.model))
+        unsmoothed = run(bert(), sentences(), tmp_path, XSAMConfig(), gradient_accumulation_steps=2)
+        smoothed = run(bert(), sentences(), tmp_path, XSAMConfig(), **settings)
+        assert smoothed.xsam_state.eigenvalue != unsmoothed.xsam_state.eigenvalue
+
+    def test_compute_loss_func(self, tmp_path):
+        def twice(outputs, labels, num_items_in_batch=None):
+            return 2 * nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+        settings = {"compute_loss_func": twice, "gradient_accumulation_steps": 2}
+        stock = run(bert(), sentences(), tmp_path, **settings)
+        ours = run(bert(), sentences(), tmp_path, XSAMConfig(**PLAIN), **settings)
+        assert torch.equal(weights_of(ours.model), weights_of(stock.model))
+        doubled = run(bert().double(), sentences(), tmp_path, XSAMConfig(), **settings, max_steps=1)
+        plain = run(
+            bert().double(),
+            sentences(),
+            tmp_path,
+            XSAMConfig(),
+            MeanLossTrainer,
+            gradient_accumulation_steps=2,
+            max_steps=1,
+        )
+        assert doubled.xsam_state.eigenvalue.item() == pytest.approx(2 * plain.xsam_state.eigenvalue.item(), rel=1e-9)
+
+    def test_non_reentrant_gradient_checkpointing(self, tmp_path):
+        config = XSAMConfig(hvp="exact")
+        settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        plain = run(bert(0.1).double(), sentences(), tmp_path, config)
+        saving = run(bert(0.1).double(), sentences(), tmp_path, config, **settings)
+        torch.testing.assert_close(weights_of(saving.model), weights_of(plain.model), rtol=0, atol=1e-9)
+
+    def test_evaluation_during_training(self, tmp_path):
+        trainer = XSAMTrainer(
+            model=bert(0.1),
+            args=arguments(tmp_path, eval_strategy="steps", eval_steps=1),
+            train_dataset=examples_of(sentences()),
+            eval_dataset=examples_of(sentences(8)),
+        )
+        trainer.train()
+        evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
+        assert len(evaluations) == 8
+        assert not any(name.startswith("xsam/") for line in evaluations for name in line)
+
+    def test_mixin_in_front_of_any_trainer(self, tmp_path):
+        class Doubling(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                return (2 * result[0], result[1]) if return_outputs else 2 * result
+
+        class DoublingXSAM(XSAMTrainerMixin, Doubling):
+            pass
+
+        stock = run(bert(), sentences(), tmp_path, trainer_class=Doubling)
+        ours = run(bert(), sentences(), tmp_path, XSAMConfig(**PLAIN), DoublingXSAM)
+        assert torch.equal(weights_of(ours.model), weights_of(stock.model))
+
+    def test_rho_warmup(self, tmp_path):
+        trainer = run(bert(), sentences(), tmp_path, XSAMConfig(rho=0.5, rho_warmup_steps=4, alpha=0.0))
+        sharpness = [log["xsam/sharpness"] for log in logs_of(trainer)]
+        assert sharpness[0] == 0
+        assert 0 < sharpness[1] < sharpness[3]
+
+    def test_a_large_rho_is_named_once(self, tmp_path, caplog):
+        run(bert(), sentences(), tmp_path, XSAMConfig(rho=20.0, alpha=0.0))
+        warnings = [record.getMessage() for record in caplog.records if "lower rho (it is 20)" in record.getMessage()]
+        assert len(warnings) == 1
+
+
+class TestGradScaler:
+    """Accelerate refuses fp16 on the CPU, so the scaler is put in by hand; its arithmetic is the real one."""
+
+    class ScaledTrainer(XSAMTrainer):
+        def create_optimizer(self, *args, **kwargs):
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            return super().create_optimizer(*args, **kwargs)
+
+    @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+    @pytest.mark.parametrize("correction", ["paper", "aligned"])
+    @pytest.mark.parametrize("normalize_gradient", [True, False])
+    def test_scaling_changes_nothing(self, tmp_path, hvp, correction, normalize_gradient):
+        config = XSAMConfig(correction=correction, normalize_gradient=normalize_gradient, hvp=hvp)
+        plain = run(bert().double(), sentences(), tmp_path, config)
+        scaled = run(bert().double(), sentences(), tmp_path, config, self.ScaledTrainer)
+        assert scaled.accelerator.scaler.get_scale() == 2.0**10
+        torch.testing.assert_close(weights_of(scaled.model), weights_of(plain.model), rtol=0, atol=1e-6)
+        for ours, theirs in zip(logs_of(scaled), logs_of(plain), strict=True):
+            for name in ("xsam/gradient_norm", "xsam/perturbed_gradient_norm", "xsam/eigenvalue"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+class TestRefusals:
+    def build(self, folder, model=None, config=None, **settings):
+        optimizers = settings.pop("optimizers", (None, None))
+        return XSAMTrainer(
+            model=model or bert(), args=arguments(folder, **settings), xsam_config=config, optimizers=optimizers
+        )
+
+    @pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
+    def test_optimizers_that_step_inside_backward(self, tmp_path, optim):
+        with pytest.raises(
+            ValueError, match=f"optim='{optim}' updates the weights inside the backward pass.*adamw_torch"
+        ):
+            self.build(tmp_path, optim=optim, optim_target_modules=["query"])
+
+    def test_data_parallel(self, tmp_path):
+        args = arguments(tmp_path)
+        args._n_gpu = 2
+        with pytest.raises(ValueError, match="DataParallel.*2 GPUs.*accelerate launch"):
+            XSAMTrainer(model=bert(), args=args)
+
+    @pytest.mark.parametrize("scope", ["lora", "no_such_layer"])
+    def test_scope_that_matches_nothing(self, tmp_path, scope):
+        with pytest.raises(ValueError, match=f"eigen_scope is '{scope}'.*bert.embeddings.word_embeddings.weight"):
+            self.build(tmp_path, config=XSAMConfig(eigen_scope=scope))
+
+    def test_config_of_another_type(self, tmp_path):
+        with pytest.raises(TypeError, match="xsam_config is a dict; it must be an XSAMConfig"):
+            self.build(tmp_path, config={"rho": 0.1})
+
+    def test_exact_products_where_there_are_none(self, tmp_path):
+        settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        with pytest.raises(RuntimeError, match="hvp is 'exact'.*use_reentrant.*finite_difference"):
+            run(bert(), sentences(), tmp_path, XSAMConfig(hvp="exact"), **settings)
+
+
+def test_seq2seq(tmp_path):
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
+
+    def t5():
+        torch.manual_seed(0)
+        return T5ForConditionalGeneration(
+            T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        )
+
+    def weights(trainer_class, **settings):
+        args = Seq2SeqTrainingArguments(**{**arguments(tmp_path).to_dict(), "output_dir": str(tmp_path)})
+        trainer = trainer_class(model=t5(), args=args, train_dataset=examples_of(batch), **settings)
+        trainer.train()
+        return weights_of(trainer.model)
+
+    batch = {"input_ids": sentences()["input_ids"], "labels": sentences(seed=2)["input_ids"]}
+    assert torch.equal(weights(Seq2SeqTrainer), weights(XSAMSeq2SeqTrainer, xsam_config=XSAMConfig(**PLAIN)))
+    assert not torch.equal(weights(Seq2SeqTrainer), weights(XSAMSeq2SeqTrainer, xsam_config=XSAMConfig()))
