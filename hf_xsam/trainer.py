@@ -67,11 +67,11 @@ class XSAMTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self.xsam_config = XSAMConfig() if xsam_config is None else xsam_config
         self.xsam_state = XSAMState()
-        self._window: list[MicroBatch] = []
-        self._metrics = RunningMeans()
+        self._xsam_window: list[MicroBatch] = []
+        self._xsam_metrics = RunningMeans()
         # Set at the first product, which shows what the model allows.
-        self._hvp_method = "finite_difference" if self.xsam_config.hvp == "finite_difference" else None
-        self._logs_far_above = 0
+        self._xsam_hvp_method = "finite_difference" if self.xsam_config.hvp == "finite_difference" else None
+        self._xsam_logs_far_above = 0
         refuse_unsupported(self)
         self._eigen_parameters()  # an eigen_scope that matches nothing is refused now
 
@@ -87,14 +87,14 @@ class XSAMTrainerMixin(_Trainer):
         try:
             with self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
-            self._window.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss))
+            self._xsam_window.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss))
             if self.accelerator.sync_gradients:
-                replay = Replay(super().training_step, self.accelerator, model, self._window)
+                replay = Replay(super().training_step, self.accelerator, model, self._xsam_window)
                 with side_effects_undone(model, self.args.device):
                     self._sharpness_aware_gradient(replay)
-                self._window = []
+                self._xsam_window = []
         except BaseException:
-            self._window = []
+            self._xsam_window = []
             raise
         return loss
 
@@ -129,7 +129,7 @@ class XSAMTrainerMixin(_Trainer):
             for old, new in zip(gradient, scale(factor, corrected), strict=True):
                 old.copy_(new)
         self.xsam_state.step = step + 1
-        self._metrics.add({f"xsam/{name}": value for name, value in metrics.items()})
+        self._xsam_metrics.add({f"xsam/{name}": value for name, value in metrics.items()})
 
     def _refresh_eigenvector(self, replay: Replay) -> None:
         """Run power iterations on the window's loss at the weights as they stand, from the last eigenvector."""
@@ -140,9 +140,9 @@ class XSAMTrainerMixin(_Trainer):
             parameters,
             replay.losses,
             keep_graph=len(replay.micro_batches) == 1,
-            gradient=gradients(parameters),
             gradient_here=lambda: replay.gradient(parameters, synchronize=not local),
             gradient_is_local=local,
+            gradient=gradients(parameters),
         )
         start = state.warm_start(scope) or random_unit_vector(parameters, self.args.seed)
         estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift)
@@ -154,12 +154,15 @@ class XSAMTrainerMixin(_Trainer):
         parameters: Sequence[Tensor],
         losses: Callable[[], Iterator[Tensor]],
         keep_graph: bool,
-        gradient: Sequence[Tensor],
         gradient_here: Callable[[], list[Tensor]],
         gradient_is_local: bool,
+        gradient: Sequence[Tensor] | None = None,
     ) -> HessianVectorProduct:
-        """Return v -> H v of the unscaled loss over all processes' batches, by the configured or chosen method."""
-        if self._hvp_method is None:
+        """Return v -> H v of the unscaled loss over all processes' batches, by the configured or chosen method.
+
+        `gradient` is the gradient at the weights as they stand, where it is known already.
+        """
+        if self._xsam_hvp_method is None:
             asked = self.xsam_config.hvp == "exact"
             obstacle = double_backward_obstacle(next(losses()), parameters, trust_python_functions=asked)
             if obstacle and asked:
@@ -167,15 +170,16 @@ class XSAMTrainerMixin(_Trainer):
                     f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle} "
                     "Use hvp='finite_difference' or hvp='auto'."
                 )
-            self._hvp_method = "finite_difference" if obstacle else "exact"
+            self._xsam_hvp_method = "finite_difference" if obstacle else "exact"
             reason = obstacle or "every operation of the model has a second derivative"
-            logger.info("X-SAM computes Hessian-vector products with hvp=%r: %s.", self._hvp_method, reason)
-        if self._hvp_method == "exact":
+            logger.info("X-SAM computes Hessian-vector products with hvp=%r: %s.", self._xsam_hvp_method, reason)
+        if self._xsam_hvp_method == "exact":
             scaled = exact_hessian_vector_product(losses, parameters, keep_graph)
         else:
             step = finite_difference_step(parameters, self._precision(parameters))
-            scaled = finite_difference_hessian_vector_product(gradient_here, parameters, gradient, step)
-        reduce = self.accelerator.num_processes > 1 and (self._hvp_method == "exact" or gradient_is_local)
+            known = gradient_here() if gradient is None else gradient
+            scaled = finite_difference_hessian_vector_product(gradient_here, parameters, known, step)
+        reduce = self.accelerator.num_processes > 1 and (self._xsam_hvp_method == "exact" or gradient_is_local)
 
         def product(vector: Sequence[Tensor]) -> list[Tensor]:
             result = scale(1 / self._loss_scale(), scaled(vector))
@@ -220,7 +224,7 @@ class XSAMTrainerMixin(_Trainer):
         try:
             with side_effects_undone(model, self.args.device):
                 product = self._hessian_vector_product(
-                    parameters, losses, len(batches) == 1, gradient_here(), gradient_here, gradient_is_local=True
+                    parameters, losses, len(batches) == 1, gradient_here, gradient_is_local=True
                 )
                 start = random_unit_vector(parameters, self.args.seed)
                 estimate = power_iteration(product, start, iterations)
@@ -238,13 +242,13 @@ class XSAMTrainerMixin(_Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, without what an earlier call that stopped within a window has left."""
-        self._window, self._metrics = [], RunningMeans()
+        self._xsam_window, self._xsam_metrics = [], RunningMeans()
         return super().train(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log X-SAM's metrics, averaged as the loss is, beside the training loss."""
         if "loss" in logs:
-            names, means = self._metrics.take()
+            names, means = self._xsam_metrics.take()
             if means is not None:
                 if self.accelerator.num_processes > 1:
                     means = self.accelerator.reduce(means, reduction="mean")
@@ -253,9 +257,11 @@ class XSAMTrainerMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
     def _warn_of_large_rho(self, logs: Mapping[str, float]) -> None:
+        if self._xsam_logs_far_above == PATIENCE:
+            return  # said already
         far_above = logs["xsam/sharpness"] > LARGE_SHARPNESS * abs(logs["loss"])
-        self._logs_far_above = self._logs_far_above + 1 if far_above else 0
-        if self._logs_far_above == PATIENCE:
+        self._xsam_logs_far_above = self._xsam_logs_far_above + 1 if far_above else 0
+        if self._xsam_logs_far_above == PATIENCE:
             logger.warning(
                 "The perturbed loss has been more than %g times the loss for %d logs in a row (last: %.3g and %.3g). "
                 "If the loss does not fall, lower rho (it is %g) or raise it slowly with rho_warmup_steps.",
