@@ -424,6 +424,31 @@ class TestRefusals:
         with pytest.raises(ValueError, match="DataParallel.*2 GPUs.*accelerate launch"):
             XSAMTrainer(model=bert(), args=args)
 
+    @pytest.mark.parametrize(("flag", "name"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])
+    def test_sharded_training_for_now(self, tmp_path, flag, name):
+        class Sharded(Trainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                setattr(self, flag, True)
+
+        class ShardedXSAM(XSAMTrainerMixin, Sharded):
+            pass
+
+        with pytest.raises(ValueError, match=f"does not support {name} yet.*accelerate launch --multi_gpu"):
+            ShardedXSAM(model=bert(), args=arguments(tmp_path))
+
+    def test_sparse_gradients(self, tmp_path):
+        class Sparse(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Embedding(50, 2, sparse=True)
+
+            def forward(self, input_ids, labels):
+                return {"loss": nn.functional.cross_entropy(self.table(input_ids).mean(1), labels)}
+
+        with pytest.raises(ValueError, match="dense gradients.*sparse=False"):
+            run(Sparse(), sentences(), tmp_path, XSAMConfig())
+
     @pytest.mark.parametrize("scope", ["lora", "no_such_layer"])
     def test_scope_that_matches_nothing(self, tmp_path, scope):
         with pytest.raises(ValueError, match=f"eigen_scope is '{scope}'.*bert.embeddings.word_embeddings.weight"):
