@@ -143,10 +143,10 @@ class XSAMConfig:
         """Return the radius at optimizer step `step`, counted from 0, under the linear warmup."""
         return self.rho * min(1.0, step / self.rho_warmup_steps) if self.rho_warmup_steps else self.rho
 
-    def refreshes_at(self, step: int) -> bool:
-        """Return whether the eigenvector is refreshed at optimizer step `step`, counted from 0."""
-        since = step - self.eigen_start_step
-        return self.alpha > 0 and since >= 0 and since % self.eigen_interval == 0
+    def refreshes_at(self, step: int, last: int | None) -> bool:
+        """Return whether the eigenvector, last refreshed at step `last`, is refreshed at step `step`, from 0."""
+        # A step before the last refresh belongs to a training that has begun anew.
+        return self.corrects_at(step) and (last is None or not 0 <= step - last < self.eigen_interval)
 
     def corrects_at(self, step: int) -> bool:
         """Return whether the gradient of optimizer step `step`, counted from 0, is corrected, not plain SAM's."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .perturbation import perturbed
-from .tensors import add_scaled, dot, norm, reciprocal_or_zero, scale, wide_dtype
+from .tensors import add_scaled, dot, norm, reciprocal_or_zero, scale, shard_like, wide_dtype
 
 HessianVectorProduct = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -19,12 +19,16 @@ class Eigenpair(NamedTuple):
     value: Tensor
     shift: Tensor
 
+    def is_finite(self) -> Tensor:
+        """Return whether every product that it was found with was finite, 0-dimensional."""
+        return torch.isfinite(self.value) & torch.isfinite(norm(self.vector))
+
 
 def random_unit_vector(parameters: Sequence[Tensor], seed: int) -> list[Tensor]:
     """Return a random vector shaped like `parameters`, of norm 1, in float32 or wider.
 
-    It draws from generators of its own, so the global random state stays as it is and each process
-    of a distributed run gets the same vector.
+    It draws from generators of its own, so the global random state stays as it is and each process of a
+    distributed run gets the same vector, or its part of it.
     """
     generators: dict[torch.device, torch.Generator] = {}
     vector = []
@@ -32,9 +36,8 @@ def random_unit_vector(parameters: Sequence[Tensor], seed: int) -> list[Tensor]:
         device = parameter.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
-        vector.append(
-            torch.randn(parameter.shape, generator=generators[device], dtype=wide_dtype(parameter), device=device)
-        )
+        whole = torch.randn(parameter.shape, generator=generators[device], dtype=wide_dtype(parameter), device=device)
+        vector.append(shard_like(whole, parameter))
     return scale(reciprocal_or_zero(norm(vector)), vector)
 
 
@@ -141,7 +144,7 @@ def power_iteration(
 
     Returns:
         The last v, of norm 1; the Rayleigh quotient <v, H v> of the v before it, which costs no
-        further product; and s. A product that is zero or not finite leaves v as it is.
+        further product; and s. A product of zero leaves v as it is; one that is not finite spoils the pair.
     """
     vector = list(start)
     value = norm(vector) * 0
@@ -153,9 +156,8 @@ def power_iteration(
         shift = torch.where(value < -size / 2, torch.minimum(shift, -size), shift)
         shifted = add_scaled(product, -shift, vector)
         length = norm(shifted)
-        usable = torch.isfinite(length) & (length > 0)
         vector = [
-            torch.where(usable.to(old.device), new, old)
+            torch.where((length == 0).to(old.device), old, new)
             for new, old in zip(scale(1 / length, shifted), vector, strict=True)
         ]
     return Eigenpair(vector, value, shift)

@@ -128,6 +128,18 @@ def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None
 
 
 @contextmanager
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """Give the block parameters without gradients, and put those back that they had."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    model.zero_grad()
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
 def _loss_caught(accelerator: Accelerator) -> Iterator[list[Tensor]]:
     """Catch the losses that training steps within the block hand to `accelerator.backward`.
 

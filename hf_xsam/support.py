@@ -9,10 +9,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from .config import XSAMConfig
+
 STEPS_INSIDE_BACKWARD = ("Lomo", "AdaLomo")
+FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration"
+INSTEAD_OF_DEEPSPEED = f"To shard the model use FSDP2 ({FSDP2}); else DistributedDataParallel."
 
 
-def refuse_unsupported(trainer: "Trainer") -> None:
+def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
     """Raise where X-SAM would not do what it says under this trainer's arguments.
 
     Raises:
@@ -34,13 +38,31 @@ def refuse_unsupported(trainer: "Trainer") -> None:
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "X-SAM does not support DeepSpeed yet (args.deepspeed is set): it keeps gradients and weights to itself. "
-            "Use DistributedDataParallel: `accelerate launch --multi_gpu`."
+            "X-SAM does not support DeepSpeed (args.deepspeed or the launcher sets it): under Accelerate its optimizer "
+            f"steps inside the backward pass, before X-SAM has its second gradient. {INSTEAD_OF_DEEPSPEED}"
+        )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "X-SAM does not support models that from_pretrained sharded (distributed_config, tp_plan). Load the model "
+            f"whole and let the Trainer shard it: {FSDP2}."
         )
     if trainer.is_fsdp_enabled:
+        _refuse_under_fsdp(trainer, config)
+
+
+def _refuse_under_fsdp(trainer: "Trainer", config: "XSAMConfig") -> None:
+    version = trainer.accelerator.state.fsdp_plugin.fsdp_version
+    if version != 2:
+        raise ValueError(f"X-SAM does not support FSDP{version}, which is deprecated. Use FSDP2: {FSDP2}.")
+    if config.hvp == "exact":
         raise ValueError(
-            "X-SAM does not support FSDP yet (args.fsdp is set). "
-            "Use DistributedDataParallel: `accelerate launch --multi_gpu`."
+            "XSAMConfig.hvp is 'exact', but parameters sharded by FSDP have no second derivative. "
+            "Use hvp='finite_difference' or hvp='auto'."
+        )
+    if config.ascent == "local":
+        raise ValueError(
+            "XSAMConfig.ascent is 'local', but under FSDP a process has no whole gradient of its own. "
+            "Use ascent='global', or DistributedDataParallel."
         )
 
 

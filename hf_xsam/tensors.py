@@ -1,13 +1,36 @@
 """Dot products and norms over lists of tensors, as if each list were one long vector.
 
-Sums are taken in float32 at least, so that the norm of half-precision gradients neither overflows
-nor loses its small terms, and stay on the device: nothing here waits for the accelerator.
+A tensor may be sharded over processes (a `DTensor`, under FSDP2): the results are those of the whole tensor, for one
+all-reduce of a scalar, and the same on every process. Sums are taken in float32 at least, so that the norm of
+half-precision gradients neither overflows nor loses its small terms, and stay on the device: nothing here waits for
+the accelerator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, distribute_tensor
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Return whether each process holds a part of `tensor` only."""
+    return torch.distributed.is_available() and isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of `tensor`, sharing its memory: a plain tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Return `whole`, which every process has, on the parameter's device and sharded as it is."""
+    whole = whole.to(parameter.device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements) if is_sharded(parameter) else whole
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -17,14 +40,12 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Return <left, right> as a 0-dimensional tensor on the first tensor's device."""
-    products = [torch.sum(x.to(wide_dtype(x)) * y) for x, y in zip(left, right, strict=True)]
-    return _gather(products).sum()
+    return _total((x, torch.sum(local(x).to(wide_dtype(x)) * local(y))) for x, y in zip(left, right, strict=True))
 
 
-def norm(tensors: Sequence[Tensor]) -> Tensor:
+def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Return the Euclidean norm as a 0-dimensional tensor on the first tensor's device."""
-    norms = [torch.linalg.vector_norm(x, dtype=wide_dtype(x)) for x in tensors]
-    return torch.linalg.vector_norm(_gather(norms))
+    return _total((x, torch.linalg.vector_norm(local(x), dtype=wide_dtype(x)).square()) for x in tensors).sqrt()
 
 
 def scale(factor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -42,6 +63,21 @@ def reciprocal_or_zero(value: Tensor) -> Tensor:
     return torch.where(value == 0, torch.zeros_like(value), 1 / value)
 
 
-def _gather(scalars: Sequence[Tensor]) -> Tensor:
-    # Layers of one model may live on several devices (`device_map`).
-    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars])
+def _total(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum pairs of a tensor and what this process's part of it adds, over the pairs and the processes."""
+    sums: dict[tuple[DeviceMesh, tuple[bool, ...]] | None, Tensor] = {}
+    device = None
+    for tensor, term in terms:
+        device = device or term.device  # layers of one model may live on several (`device_map`)
+        layout = (tensor.device_mesh, tuple(p.is_shard() for p in tensor.placements)) if is_sharded(tensor) else None
+        term = term.to(device)
+        sums[layout] = sums[layout] + term if layout in sums else term
+    return torch.stack([_over_processes(layout, partial) for layout, partial in sums.items()]).sum()
+
+
+def _over_processes(layout: "tuple[DeviceMesh, tuple[bool, ...]] | None", partial: Tensor) -> Tensor:
+    if layout is None:
+        return partial
+    mesh, sharded = layout
+    placements = [Partial() if dimension else Replicate() for dimension in sharded]
+    return DTensor.from_local(partial, mesh, placements, run_check=False).full_tensor()

@@ -1,7 +1,6 @@
 """X-SAM for any `Trainer`: each optimizer step's gradient is replaced by X-SAM's."""
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
@@ -11,30 +10,27 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
+from .checkpoint import last_complete_checkpoint, load_state, save_state
 from .config import XSAMConfig
 from .correction import corrected_gradient
-from .eigenvector import (
-    HessianVectorProduct,
-    exact_hessian_vector_product,
-    finite_difference_hessian_vector_product,
-    finite_difference_step,
-    power_iteration,
-    random_unit_vector,
-)
+from .eigenvector import HessianVectorProduct, power_iteration, random_unit_vector
+from .hessian import Loss, choose_method, hessian_vector_product
+from .metrics import Advice, RunningMeans, alignment
 from .perturbation import ascent_perturbation, perturbed
-from .replay import MicroBatch, RandomState, Replay, gradients, side_effects_undone, twice_differentiable_attention
+from .precision import loss_scale
+from .replay import (
+    MicroBatch,
+    RandomState,
+    Replay,
+    gradients,
+    gradients_set_aside,
+    side_effects_undone,
+    twice_differentiable_attention,
+)
 from .scope import in_scope, trainable_parameters
-from .state import RunningMeans, XSAMState
-from .support import double_backward_obstacle, refuse_unsupported
-from .tensors import dot, norm, reciprocal_or_zero, scale
-
-logger = logging.getLogger(__name__)
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-
-# When the perturbed loss counts as far above the loss, and for how many logs before a warning.
-LARGE_SHARPNESS = 0.5
-PATIENCE = 3
+from .state import XSAMState
+from .support import refuse_unsupported
+from .tensors import is_sharded, norm, scale
 
 if TYPE_CHECKING:
     _Trainer = Trainer  # what the mixin stands in front of
@@ -68,11 +64,9 @@ class XSAMTrainerMixin(_Trainer):
         self.xsam_config = XSAMConfig() if xsam_config is None else xsam_config
         self.xsam_state = XSAMState()
         self._xsam_window: list[MicroBatch] = []
-        self._xsam_metrics = RunningMeans()
-        # Set at the first product, which shows what the model allows.
-        self._xsam_hvp_method = "finite_difference" if self.xsam_config.hvp == "finite_difference" else None
-        self._xsam_logs_far_above = 0
-        refuse_unsupported(self)
+        self._xsam_metrics, self._xsam_advice = RunningMeans(), Advice(self.xsam_config)
+        self._xsam_hvp_method: str | None = None  # chosen at the first product, which shows what the model allows
+        refuse_unsupported(self, self.xsam_config)
         self._eigen_parameters()  # an eigen_scope that matches nothing is refused now
 
     def training_step(
@@ -95,6 +89,7 @@ class XSAMTrainerMixin(_Trainer):
                 self._xsam_window = []
         except BaseException:
             self._xsam_window = []
+            model.zero_grad()
             raise
         return loss
 
@@ -104,88 +99,91 @@ class XSAMTrainerMixin(_Trainer):
         parameters = {name: p for name, p in self._trainable_parameters().items() if p.grad is not None}
         weights = list(parameters.values())
         gradient = gradients(weights)
+        unscaled, rho = 1 / loss_scale(self.accelerator), config.rho_at(step)
         loss = torch.stack([micro_batch.loss for micro_batch in replay.micro_batches]).sum()
-        metrics = {"gradient_norm": norm(gradient) / self._loss_scale()}
+        metrics = {"gradient_norm": norm(gradient) * unscaled}
 
-        if config.refreshes_at(step):
-            self._refresh_eigenvector(replay)
-        with perturbed(weights, ascent_perturbation(weights, gradient, config.rho_at(step), config.adaptive)):
+        refreshed = not config.refreshes_at(step, self.xsam_state.refreshed_at) or self._refresh_eigenvector(replay)
+        with perturbed(weights, ascent_perturbation(weights, gradient, rho, config.adaptive)) as realised:
             del gradient  # its memory goes to the replay's
             metrics["perturbed_loss"] = replay.run()
         metrics["sharpness"] = metrics["perturbed_loss"] - loss
+        if realised is not None and rho > 0:
+            metrics["realised_perturbation"] = realised
 
         # What the second pass did not reach stays without a gradient, as it would in the stock Trainer.
         parameters = {name: p for name, p in parameters.items() if p.grad is not None}
         gradient = gradients(list(parameters.values()))
-        metrics["perturbed_gradient_norm"] = norm(gradient) / self._loss_scale()
+        metrics["perturbed_gradient_norm"] = norm(gradient) * unscaled
+        self.xsam_state.step = step + 1
+        if not self._all_finite(metrics) or (not refreshed and self.accelerator.scaler is not None):
+            self._skip_step(replay)
+            return
         if config.corrects_at(step) and self.xsam_state.eigenvalue is not None:
             eigenvector = self.xsam_state.eigenvector_over(parameters)
             corrected = corrected_gradient(
                 gradient, eigenvector, config.alpha, config.correction, config.normalize_gradient
             )
             # The optimizer's unscaling is still to come: a gradient of norm 1 needs the GradScaler's factor again.
-            factor = self._loss_scale() if config.normalize_gradient else torch.ones_like(self._loss_scale())
-            metrics |= {"eigenvalue": self.xsam_state.eigenvalue, **_alignment(gradient, eigenvector)}
+            factor = 1 / unscaled if config.normalize_gradient else torch.ones_like(unscaled)
+            metrics |= {"eigenvalue": self.xsam_state.eigenvalue, **alignment(gradient, eigenvector)}
             for old, new in zip(gradient, scale(factor, corrected), strict=True):
                 old.copy_(new)
-        self.xsam_state.step = step + 1
         self._xsam_metrics.add({f"xsam/{name}": value for name, value in metrics.items()})
 
-    def _refresh_eigenvector(self, replay: Replay) -> None:
-        """Run power iterations on the window's loss at the weights as they stand, from the last eigenvector."""
+    def _refresh_eigenvector(self, replay: Replay) -> bool:
+        """Run power iterations on the window's loss at the weights as they stand, from the last eigenvector.
+
+        Returns:
+            Whether all products were finite; if not, the state is left as it was and the next step tries again.
+        """
         state, scope = self.xsam_state, self._eigen_parameters()
         parameters = list(scope.values())
         local = self.xsam_config.ascent == "local"
-        product = self._hessian_vector_product(
-            parameters,
-            replay.losses,
-            keep_graph=len(replay.micro_batches) == 1,
-            gradient_here=lambda: replay.gradient(parameters, synchronize=not local),
+        loss = Loss(
+            terms=replay.losses,
+            gradient=lambda parameters: replay.gradient(parameters, synchronize=not local),
             gradient_is_local=local,
-            gradient=gradients(parameters),
+            single_term=len(replay.micro_batches) == 1,
         )
+        product = self._hessian_vector_product(loss, parameters, gradients(parameters))
         start = state.warm_start(scope) or random_unit_vector(parameters, self.args.seed)
         estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift)
+        if not estimate.is_finite():
+            return False
         state.eigenvector = dict(zip(scope, estimate.vector, strict=True))
         state.eigenvalue, state.shift = estimate.value, estimate.shift
+        state.refreshed_at = self.state.global_step
+        return True
 
     def _hessian_vector_product(
-        self,
-        parameters: Sequence[Tensor],
-        losses: Callable[[], Iterator[Tensor]],
-        keep_graph: bool,
-        gradient_here: Callable[[], list[Tensor]],
-        gradient_is_local: bool,
-        gradient: Sequence[Tensor] | None = None,
+        self, loss: Loss, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None = None
     ) -> HessianVectorProduct:
-        """Return v -> H v of the unscaled loss over all processes' batches, by the configured or chosen method.
-
-        `gradient` is the gradient at the weights as they stand, where it is known already.
-        """
         if self._xsam_hvp_method is None:
-            asked = self.xsam_config.hvp == "exact"
-            obstacle = double_backward_obstacle(next(losses()), parameters, trust_python_functions=asked)
-            if obstacle and asked:
-                raise RuntimeError(
-                    f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle} "
-                    "Use hvp='finite_difference' or hvp='auto'."
-                )
-            self._xsam_hvp_method = "finite_difference" if obstacle else "exact"
-            reason = obstacle or "every operation of the model has a second derivative"
-            logger.info("X-SAM computes Hessian-vector products with hvp=%r: %s.", self._xsam_hvp_method, reason)
-        if self._xsam_hvp_method == "exact":
-            scaled = exact_hessian_vector_product(losses, parameters, keep_graph)
-        else:
-            step = finite_difference_step(parameters, self._precision(parameters))
-            known = gradient_here() if gradient is None else gradient
-            scaled = finite_difference_hessian_vector_product(gradient_here, parameters, known, step)
-        reduce = self.accelerator.num_processes > 1 and (self._xsam_hvp_method == "exact" or gradient_is_local)
+            self._xsam_hvp_method = choose_method(self.xsam_config.hvp, loss, parameters)
+        return hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, gradient)
 
-        def product(vector: Sequence[Tensor]) -> list[Tensor]:
-            result = scale(1 / self._loss_scale(), scaled(vector))
-            return self.accelerator.reduce(result, reduction="mean") if reduce else result
+    def _all_finite(self, metrics: Mapping[str, Tensor]) -> bool:
+        """Return whether all of `metrics` are finite, on every process: they skip a step together."""
+        finite = torch.isfinite(torch.stack([value.to(self.args.device) for value in metrics.values()])).all()
+        if self.accelerator.num_processes > 1:
+            return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
+        return bool(finite)
 
-        return product
+    def _skip_step(self, replay: Replay) -> None:
+        """Leave in `.grad` what does no harm, in place of a corrected gradient that would not be finite.
+
+        With a GradScaler: infinity, at which it skips the step and lowers its scale. Else the stock Trainer's
+        gradient, or where that is not finite none at all, so that the optimizer leaves the weights and its state.
+        """
+        self.xsam_state.skipped_steps += 1
+        if self.accelerator.scaler is not None:
+            for gradient in (p.grad for p in self._trainable_parameters().values() if p.grad is not None):
+                gradient.fill_(torch.inf)
+            return
+        loss = replay.run()
+        if not self._all_finite({"loss": loss, "norm": norm(gradients(list(self._trainable_parameters().values())))}):
+            replay.model.zero_grad()
 
     def top_eigenpair(
         self, batches: Sequence[Mapping[str, Any]], iterations: int = 20
@@ -204,28 +202,25 @@ class XSAMTrainerMixin(_Trainer):
         parameters = list(scope.values())
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-        def losses() -> Iterator[Tensor]:
+        def terms() -> Iterator[Tensor]:
             for batch in batches:
                 with twice_differentiable_attention(), self.accelerator.autocast():
                     loss = self.compute_loss(model, send_to_device(dict(batch), self.args.device))
                 assert isinstance(loss, Tensor)  # a tuple only with return_outputs
-                yield self._loss_scale() * loss / len(batches)
+                yield loss_scale(self.accelerator) * loss / len(batches)
 
-        def gradient_here() -> list[Tensor]:
-            total = [torch.zeros_like(p) for p in parameters]
-            for loss in losses():
-                for sum_, term in zip(total, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-                    if term is not None:
-                        sum_.add_(term)
-            return total
+        def gradient(parameters: Sequence[Tensor]) -> list[Tensor]:
+            model.zero_grad()
+            for term in terms():
+                term.backward()
+            return gradients(parameters)
 
         training = model.training
         model.eval()
         try:
-            with side_effects_undone(model, self.args.device):
-                product = self._hessian_vector_product(
-                    parameters, losses, len(batches) == 1, gradient_here, gradient_is_local=True
-                )
+            with side_effects_undone(model, self.args.device), gradients_set_aside(model):
+                loss = Loss(terms, gradient, not is_sharded(parameters[0]), single_term=len(batches) == 1)
+                product = self._hessian_vector_product(loss, parameters)
                 start = random_unit_vector(parameters, self.args.seed)
                 estimate = power_iteration(product, start, iterations)
         finally:
@@ -240,37 +235,27 @@ class XSAMTrainerMixin(_Trainer):
             self.xsam_state = XSAMState()
         return model
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, without what an earlier call that stopped within a window has left."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, without what an earlier call that stopped within a window has left.
+
+        `resume_from_checkpoint=True` resumes from the newest checkpoint that was written to its end.
+        """
         self._xsam_window, self._xsam_metrics = [], RunningMeans()
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir)) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log X-SAM's metrics, averaged as the loss is, beside the training loss."""
         if "loss" in logs:
+            logs["xsam/skipped_steps"] = self.xsam_state.skipped_steps
             names, means = self._xsam_metrics.take()
             if means is not None:
                 if self.accelerator.num_processes > 1:
                     means = self.accelerator.reduce(means, reduction="mean")
                 logs.update(zip(names, means.tolist(), strict=True))
-                self._warn_of_large_rho(logs)
+            self._xsam_advice.read(logs)
         super().log(logs, *args, **kwargs)
-
-    def _warn_of_large_rho(self, logs: Mapping[str, float]) -> None:
-        if self._xsam_logs_far_above == PATIENCE:
-            return  # said already
-        far_above = logs["xsam/sharpness"] > LARGE_SHARPNESS * abs(logs["loss"])
-        self._xsam_logs_far_above = self._xsam_logs_far_above + 1 if far_above else 0
-        if self._xsam_logs_far_above == PATIENCE:
-            logger.warning(
-                "The perturbed loss has been more than %g times the loss for %d logs in a row (last: %.3g and %.3g). "
-                "If the loss does not fall, lower rho (it is %g) or raise it slowly with rho_warmup_steps.",
-                1 + LARGE_SHARPNESS,
-                PATIENCE,
-                logs["xsam/perturbed_loss"],
-                logs["loss"],
-                self.xsam_config.rho,
-            )
 
     def _trainable_parameters(self) -> dict[str, nn.Parameter]:
         return trainable_parameters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
@@ -278,21 +263,18 @@ class XSAMTrainerMixin(_Trainer):
     def _eigen_parameters(self) -> dict[str, nn.Parameter]:
         return in_scope(self._trainable_parameters(), self.xsam_config.eigen_scope)
 
-    def _loss_scale(self) -> Tensor:
-        """Return the factor that the GradScaler has on losses and gradients, 1 without one."""
-        one = torch.ones((), device=self.args.device)
-        return one if self.accelerator.scaler is None else self.accelerator.scaler.scale(one)
+    # The Trainer's own methods, without which its checkpoints would lack X-SAM's state. They are called on every
+    # process, before the checkpoint's last file is written, and once the model and its optimizer are loaded.
 
-    def _precision(self, parameters: Sequence[Tensor]) -> torch.dtype:
-        """Return the coarsest dtype that the loss is computed in."""
-        autocast = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision)
-        return autocast or max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_state(self.xsam_state, self.xsam_config, output_dir, self.accelerator, self.args.should_save)
 
-
-def _alignment(gradient: Sequence[Tensor], eigenvector: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the cosine <a, v> / norm(a) between gradient and eigenvector, and its angle in degrees, 0 to 180."""
-    cosine = dot(gradient, eigenvector) * reciprocal_or_zero(norm(gradient))
-    return {"cosine": cosine, "angle_degrees": torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))}
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = load_state(checkpoint, self.xsam_config, self._eigen_parameters(), self.accelerator)
+            self.xsam_state = state or XSAMState()
 
 
 class XSAMTrainer(XSAMTrainerMixin, Trainer):

@@ -1,60 +1,145 @@
-"""Run by test_distributed.py in each process: a few steps of X-SAM; rank 0 saves what the test compares."""
+"""Run by test_distributed.py in each process: trains once for each case of a JSON file; rank 0 saves what came out."""
 
-import os
+import json
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from hf_xsam import XSAMConfig
-from tests.helpers import logs_of, run
-from tests.test_trainer import MeanLossTrainer, bert, sentences
+from hf_xsam import XSAMConfig, XSAMTrainerMixin
+from hf_xsam.scope import trainable_parameters
+from hf_xsam.tensors import is_sharded, local
+from tests.helpers import arguments, examples_of, logs_of
+from tests.test_lora import adapted
+from tests.test_trainer import bert, sentences
+
+MODELS = {"bert": bert, "lora": adapted, "branches": lambda: Branches()}
 
 
-class RankComparison(TrainerCallback):
-    agree = True
+class Branches(nn.Module):
+    """Uses one of its heads for a batch, as its first token tells, and never the third."""
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-        gathered = trainer_state["gather"](weights).view(args.world_size, -1)
-        self.agree = self.agree and bool((gathered == gathered[0]).all())
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(50, 4)
+        self.heads = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
 
-
-trainer_state = {}
-
-
-class Ours(MeanLossTrainer):
-    def train(self):
-        trainer_state["gather"] = self.accelerator.gather
-        return super().train()
+    def forward(self, input_ids, labels):
+        head = self.heads[int(input_ids[0, 0]) % 2]
+        return {"loss": nn.functional.cross_entropy(torch.tanh(head(self.table(input_ids).mean(1))), labels)}
 
 
-output, hvp, ascent = sys.argv[1:]
-world = int(os.environ["WORLD_SIZE"])
-comparison = RankComparison()
-with tempfile.TemporaryDirectory() as folder:
-    trainer = run(
-        bert().double(),
-        sentences(32),
-        folder,
-        XSAMConfig(rho=0.1, alpha=0.5, eigen_interval=2, hvp=hvp, ascent=ascent, normalize_gradient=False),
-        Ours,
-        callbacks=[comparison],
-        per_device_train_batch_size=8 // world,
-        gradient_accumulation_steps=2,
-        average_tokens_across_devices=False,
-    )
-agree = comparison.agree and all(
-    bool((trainer.accelerator.gather(part[None]) == part).all()) for part in trainer.xsam_state.eigenvector.values()
-)
-if trainer.is_world_process_zero():
-    torch.save(
-        {"weights": trainer.model.state_dict(), "logs": logs_of(trainer)[-1], "ranks_agree": agree},
-        output,
-    )
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+class MeanLoss(Trainer):
+    """For models whose loss is a per-batch mean, though their `forward` accepts `num_items_in_batch`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+
+
+class MeanLossXSAM(XSAMTrainerMixin, MeanLoss):
+    pass
+
+
+class GatherCounter(TorchDispatchMode):
+    """Counts the collectives that gather something."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "gather" in func.name() and func.name().startswith("c10d::")
+        return func(*args, **(kwargs or {}))
+
+
+def whole(tensor):
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach().clone()
+
+
+def weights(trainer):
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return {name: whole(p) for name, p in trainable_parameters(model).items()}
+
+
+class Observer(TrainerCallback):
+    """Compares the ranks' weights after every step, and counts the gradient all-reduces of DDP."""
+
+    def __init__(self):
+        self.trainer, self.ranks_agree, self.all_reduces = None, True, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+            self.trainer.model_wrapped.register_comm_hook(None, self.count)
+
+    def count(self, group, bucket):
+        self.all_reduces += 1
+        return allreduce_hook(group, bucket)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.is_fsdp_enabled:
+            return  # each holds a part
+        flat = torch.cat([part.flatten() for part in weights(self.trainer).values()])
+        gathered = self.trainer.accelerator.gather(flat).view(args.world_size, -1)
+        self.ranks_agree = self.ranks_agree and bool((gathered == gathered[0]).all())
+
+
+def train(case, folder):
+    sharded = case.get("strategy") == "fsdp2"
+    AcceleratorState._reset_state(), GradientState._reset_state()
+    extra = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}} if sharded else {}
+    args = arguments(folder, **extra, **case.get("arguments", {}))
+    args.device  # noqa: B018, sets up the processes
+    # Accelerate shards on accelerators alone: let it take the CPU for one.
+    plain = DistributedType.MULTI_CPU if args.world_size > 1 else DistributedType.NO
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU if sharded else plain
+    model = MODELS[case.get("model", "bert")]().to(getattr(torch, case.get("dtype", "float64")))
+    observer, config = Observer(), case.get("config")
+    mine = {} if config is None else {"xsam_config": XSAMConfig(**config)}
+    trainer = (MeanLoss if config is None else MeanLossXSAM)(
+        model=model, args=args, train_dataset=examples_of(sentences(case.get("examples", 32))), callbacks=[observer],
+        **({} if sharded else {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-2})}), **mine,
+    )  # fmt: skip
+    observer.trainer = trainer
+    resume = case.get("resume")
+    with GatherCounter() if sharded else nullcontext() as gathers:
+        trainer.train(resume_from_checkpoint=resume)
+    result = {"logs": logs_of(trainer), "weights": weights(trainer), "ranks_agree": observer.ranks_agree}
+    result |= {"all_reduces": observer.all_reduces, "gathers": gathers.count if sharded else 0}
+    if config is not None and trainer.xsam_state.eigenvector is not None:
+        vector = trainer.xsam_state.eigenvector
+        result["eigenvector"] = {name: whole(part) for name, part in vector.items()}
+        result["held"] = sum(local(part).numel() for part in vector.values())
+        gathered = trainer.accelerator.gather(torch.cat([part.flatten() for part in result["eigenvector"].values()]))
+        parts = gathered.view(trainer.args.world_size, -1)
+        result["ranks_agree"] &= bool((parts == parts[0]).all())
+        result["eigenvalue"], result["step"] = trainer.xsam_state.eigenvalue.item(), trainer.xsam_state.step
+    return result
+
+
+def main():
+    cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
+    results = {}
+    for name, case in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = train(case, case.get("folder", folder))
+    if PartialState().is_main_process:
+        torch.save(results, output)
+    if PartialState().use_distributed:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

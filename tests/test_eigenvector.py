@@ -132,11 +132,26 @@ def test_plain_iteration_where_the_top_dominates():
     assert estimate.shift == 0
 
 
-@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
-def test_an_unusable_product_leaves_the_vector(bad):
+def test_a_product_of_zero_leaves_the_vector():
     start = random_unit_vector([torch.zeros(3), torch.zeros(2, 2)], 0)
-    estimate = power_iteration(lambda vector: [bad * torch.ones_like(x) for x in vector], start, 3)
+    estimate = power_iteration(lambda vector: [torch.zeros_like(x) for x in vector], start, 3)
     assert all(torch.equal(x, y) for x, y in zip(estimate.vector, start, strict=True))
+    assert estimate.value == 0
+    assert estimate.is_finite()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("iteration", [0, 1, 2])
+def test_one_product_that_is_not_finite_shows(bad, iteration):
+    calls = iter(range(3))
+
+    def product(vector):
+        poisoned = [x.clone() for x in vector]
+        if next(calls) == iteration:
+            poisoned[0][0] = bad
+        return poisoned
+
+    assert not power_iteration(product, random_unit_vector([torch.zeros(3), torch.zeros(2, 2)], 0), 3).is_finite()
 
 
 def test_random_unit_vector_leaves_the_global_generator():

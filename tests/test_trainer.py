@@ -227,7 +227,7 @@ class TestEigenvector:
 
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_auto_says_once_which_product_and_why(self, tmp_path, caplog, use_reentrant):
-        caplog.set_level(logging.INFO, "hf_xsam.trainer")
+        caplog.set_level(logging.INFO, "hf_xsam")
         trainer = XSAMTrainer(
             model=bert(),
             args=arguments(

@@ -1,0 +1,91 @@
+"""Hessian-vector products of a training loss under Accelerate: GradScaler, processes, and what the model allows."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from .eigenvector import (
+    HessianVectorProduct,
+    exact_hessian_vector_product,
+    finite_difference_hessian_vector_product,
+    finite_difference_step,
+)
+from .precision import coarsest_dtype, loss_scale
+from .support import double_backward_obstacle
+from .tensors import is_sharded, scale
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Loss:
+    """A loss at the weights as they stand, in the two forms that products are made from.
+
+    Attributes:
+        terms: computes the terms whose sum is this process's loss, GradScaler's factor included, each with its graph.
+        gradient: computes its gradient with respect to given parameters.
+        gradient_is_local: whether `gradient` is of this process's loss, not of the mean over the processes.
+        single_term: whether there is one term only, so that its graph may be kept between products.
+    """
+
+    terms: Callable[[], Iterator[Tensor]]
+    gradient: Callable[[Sequence[Tensor]], list[Tensor]]
+    gradient_is_local: bool
+    single_term: bool
+
+
+def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor]) -> str:
+    """Return "exact" or "finite_difference": what is `asked`, or for "auto" exact where the model allows it.
+
+    Raises:
+        RuntimeError: where "exact" is asked for and the model has no second derivative.
+    """
+    if asked == "finite_difference":
+        return asked
+    if any(is_sharded(parameter) for parameter in parameters):
+        obstacle: str | None = "sharded parameters have no second derivative"
+    else:
+        obstacle = double_backward_obstacle(next(loss.terms()), parameters, trust_python_functions=asked == "exact")
+    if obstacle and asked == "exact":
+        raise RuntimeError(
+            f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle} "
+            "Use hvp='finite_difference' or hvp='auto'."
+        )
+    method = "finite_difference" if obstacle else "exact"
+    reason = obstacle or "every operation of the model has a second derivative"
+    logger.info("X-SAM computes Hessian-vector products with hvp=%r: %s.", method, reason)
+    return method
+
+
+def hessian_vector_product(
+    accelerator: Accelerator,
+    method: str,
+    loss: Loss,
+    parameters: Sequence[Tensor],
+    gradient: Sequence[Tensor] | None = None,
+) -> HessianVectorProduct:
+    """Return v -> H v of the unscaled mean over the processes of `loss`.
+
+    Args:
+        accelerator: the trainer's.
+        method: "exact" or "finite_difference".
+        loss: L, the same number of terms on each process.
+        parameters: what H is taken with respect to.
+        gradient: what `loss.gradient(parameters)` gives at the weights as they stand, where it is known already.
+    """
+    if method == "exact":
+        scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
+    else:
+        known = loss.gradient(parameters) if gradient is None else gradient
+        step = finite_difference_step(parameters, coarsest_dtype(accelerator, parameters))
+        scaled = finite_difference_hessian_vector_product(lambda: loss.gradient(parameters), parameters, known, step)
+    reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
+
+    def product(vector: Sequence[Tensor]) -> list[Tensor]:
+        result = scale(1 / loss_scale(accelerator), scaled(vector))
+        return accelerator.reduce(result, reduction="mean") if reduce else result
+
+    return product

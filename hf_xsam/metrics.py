@@ -1,0 +1,86 @@
+"""What X-SAM logs: means over steps, and warnings when they tell of a setting that does not fit."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .config import XSAMConfig
+from .tensors import dot, norm, reciprocal_or_zero
+
+logger = logging.getLogger(__name__)
+
+# When the perturbed loss counts as far above the loss, and for how many logs before a warning.
+LARGE_SHARPNESS = 0.5
+PATIENCE = 3
+# How far the weights' movement may be from rho before a warning.
+ROUNDING_TOLERANCE = 0.1
+
+
+def alignment(gradient: Sequence[Tensor], eigenvector: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return the cosine <a, v> / norm(a) between gradient and eigenvector, and its angle in degrees, 0 to 180."""
+    cosine = dot(gradient, eigenvector) * reciprocal_or_zero(norm(gradient))
+    return {"cosine": cosine, "angle_degrees": torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))}
+
+
+@dataclass
+class RunningMeans:
+    """Means of metrics over the optimizer steps since they were last taken, kept on the device until then."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Count in one step's values, each 0-dimensional."""
+        for name, value in metrics.items():
+            value = value.detach().double() if value.device.type != "mps" else value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> tuple[list[str], Tensor | None]:
+        """Return the names and a vector of their means, and start over; (`[]`, None) where nothing was added."""
+        names = list(self.sums)
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names]) if names else None
+        self.sums, self.counts = {}, {}
+        return names, means
+
+
+@dataclass
+class Advice:
+    """Warns, each once, of what the logs say about the settings."""
+
+    config: XSAMConfig
+    logs_far_above: int = 0
+    said_rounded: bool = False
+
+    def read(self, logs: Mapping[str, float]) -> None:
+        """Look at one line of logs, with the loss and X-SAM's metrics."""
+        if "xsam/sharpness" in logs:
+            self._large_rho(logs)
+        if abs(logs.get("xsam/realised_perturbation", 1.0) - 1) > ROUNDING_TOLERANCE and not self.said_rounded:
+            self.said_rounded = True
+            logger.warning(
+                "Half-precision weights moved by %.2f times the perturbation asked for (rho is %g): the rest was lost "
+                "to rounding. Load the model in float32 (bf16=True or fp16=True still computes in half precision), "
+                "or raise rho.",
+                logs["xsam/realised_perturbation"],
+                self.config.rho,
+            )
+
+    def _large_rho(self, logs: Mapping[str, float]) -> None:
+        if self.logs_far_above == PATIENCE:
+            return  # said already
+        far_above = logs["xsam/sharpness"] > LARGE_SHARPNESS * abs(logs["loss"])
+        self.logs_far_above = self.logs_far_above + 1 if far_above else 0
+        if self.logs_far_above == PATIENCE:
+            logger.warning(
+                "The perturbed loss has been more than %g times the loss for %d logs in a row (last: %.3g and %.3g). "
+                "If the loss does not fall, lower rho (it is %g) or raise it slowly with rho_warmup_steps.",
+                1 + LARGE_SHARPNESS,
+                PATIENCE,
+                logs["xsam/perturbed_loss"],
+                logs["loss"],
+                self.config.rho,
+            )
