@@ -1,5 +1,6 @@
-"""Two processes (gloo) against one with the whole batch."""
+"""Several processes (gloo) against one with the whole batch: DistributedDataParallel and FSDP2."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,32 +9,133 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"
+XSAM = {"rho": 0.1, "alpha": 0.5, "eigen_interval": 2, "normalize_gradient": False}
+SAM = {"rho": 0.1, "alpha": 0.0}
 
 
-def train(processes, folder, *flags):
-    output = folder / f"weights{processes}.pt"
+def launch(processes, cases, folder, check=True):
+    """Run the cases one after the other under torchrun, and return what each gave, or the process's result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    specification, output = folder / "cases.json", folder / "results.pt"
+    specification.write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    result = subprocess.run([*command, str(SCRIPT), str(output), *flags], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return torch.load(output)
-
-
-@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
-def test_global_ascent_equals_one_process(tmp_path, hvp):
-    one, two = train(1, tmp_path, hvp, "global"), train(2, tmp_path, hvp, "global")
-    tolerance = 1e-9 if hvp == "exact" else 1e-6
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=tolerance)
-    assert two["logs"]["xsam/perturbed_loss"] == pytest.approx(one["logs"]["xsam/perturbed_loss"], abs=1e-6)
-
-
-@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
-def test_local_ascent_keeps_the_ranks_together(tmp_path, hvp):
-    result = train(2, tmp_path, hvp, "local")
-    assert result["ranks_agree"]
-    assert any(
-        not torch.equal(weight, other)
-        for weight, other in zip(
-            result["weights"].values(), train(1, tmp_path, hvp, "local")["weights"].values(), strict=True
-        )
+    result = subprocess.run(
+        [*command, str(SCRIPT), str(specification), str(output)], capture_output=True, text=True, timeout=600
     )
+    assert result.returncode == 0 or not check, result.stderr[-5000:]
+    return torch.load(output), result
+
+
+def case(config, world, examples=32, global_batch=8, accumulation=2, **settings):
+    arguments = {
+        "per_device_train_batch_size": global_batch // world,
+        "gradient_accumulation_steps": accumulation,
+        "average_tokens_across_devices": False,
+        "optim": "sgd",
+        **settings.pop("arguments", {}),
+    }
+    return {"config": config, "examples": examples, "arguments": arguments, **settings}
+
+
+def ddp_cases(world):
+    return {
+        "exact": case({**XSAM, "hvp": "exact"}, world),
+        "finite_difference": case({**XSAM, "hvp": "finite_difference"}, world),
+        "unused": case(
+            {**XSAM, "hvp": "exact"}, world, model="branches", arguments={"ddp_find_unused_parameters": True}
+        ),
+        "uneven": case({**XSAM, "hvp": "exact"}, world, examples=24 + 4, accumulation=1),
+        "short window": case({**XSAM, "hvp": "exact"}, world, examples=24),
+        "local": case({**XSAM, "ascent": "local"}, world),
+        "local, finite difference": case({**XSAM, "ascent": "local", "hvp": "finite_difference"}, world),
+        "global SAM": case(SAM, world, accumulation=1),
+        "local SAM": case({**SAM, "ascent": "local"}, world, accumulation=1),
+    }
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return launch(1, ddp_cases(1), tmp_path_factory.mktemp("one"))[0]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def several(request, tmp_path_factory):
+    world = request.param
+    return launch(world, ddp_cases(world), tmp_path_factory.mktemp("several"))[0]
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=0, atol=tolerance)
+
+
+class TestDistributedDataParallel:
+    @pytest.mark.parametrize("name", ["exact", "finite_difference", "unused", "short window"])
+    def test_global_ascent_equals_one_process(self, one, several, name):
+        tolerance = 1e-6 if name == "finite_difference" else 1e-9
+        assert_close(several[name]["weights"], one[name]["weights"], tolerance)
+        assert_close(several[name]["eigenvector"], one[name]["eigenvector"], tolerance * 1e3)
+        assert several[name]["ranks_agree"]
+        for metric in ("xsam/perturbed_loss", "xsam/eigenvalue", "xsam/gradient_norm"):
+            assert several[name]["logs"][-1][metric] == pytest.approx(one[name]["logs"][-1][metric], abs=1e-6)
+
+    def test_a_head_that_only_some_processes_use(self, one):
+        unused = one["unused"]["eigenvector"]
+        assert unused["heads.2.weight"].norm() == 0
+        assert unused["heads.0.weight"].norm() > 0
+        assert unused["heads.1.weight"].norm() > 0
+
+    @pytest.mark.parametrize("name", ["uneven", "local", "local, finite difference"])
+    def test_ranks_stay_together(self, one, several, name):
+        assert several[name]["ranks_agree"]
+        assert several[name]["weights"].keys() == one[name]["weights"].keys()
+
+    def test_local_ascent_is_another_direction(self, one, several):
+        ours, whole = several["local"]["weights"], one["local"]["weights"]
+        assert any(not torch.equal(ours[name], whole[name]) for name in whole)
+
+    def test_local_ascent_saves_an_all_reduce(self, several):
+        steps = len(several["global SAM"]["logs"])
+        assert steps == 8
+        assert several["global SAM"]["all_reduces"] % (2 * steps) == 0
+        assert several["local SAM"]["all_reduces"] * 2 == several["global SAM"]["all_reduces"]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    cases = {}
+    for dtype in ("float64", "float32"):
+        for model in ("bert", "lora"):
+            config = {**XSAM, "hvp": "finite_difference", "eigen_scope": "lora" if model == "lora" else "trainable"}
+            for strategy in ("ddp", "fsdp2"):
+                cases[f"{model} {dtype} {strategy}"] = case(config, 2, model=model, dtype=dtype, strategy=strategy)
+    cases["stock"] = case(None, 2, strategy="fsdp2")
+    cases["SAM"] = case(SAM, 2, strategy="fsdp2")
+    cases["auto"] = case(XSAM, 2, strategy="fsdp2")
+    return launch(2, cases, tmp_path_factory.mktemp("sharded"))[0]
+
+
+class TestFullyShardedDataParallel:
+    @pytest.mark.parametrize("model", ["bert", "lora"])
+    def test_equals_distributed_data_parallel(self, sharded, model):
+        double, single = f"{model} float64 ", f"{model} float32 "
+        assert_close(sharded[double + "fsdp2"]["weights"], sharded[double + "ddp"]["weights"], 1e-9)
+        assert_close(sharded[single + "fsdp2"]["weights"], sharded[single + "ddp"]["weights"], 1e-5)
+
+    def test_double_backward_is_not_tried(self, sharded):
+        assert_close(sharded["auto"]["weights"], sharded["bert float64 fsdp2"]["weights"], 0)
+
+    @pytest.mark.parametrize("model", ["bert", "lora"])
+    def test_each_process_holds_its_part_of_the_eigenvector(self, sharded, model):
+        result = sharded[f"{model} float64 fsdp2"]
+        size = sum(part.numel() for part in result["eigenvector"].values())
+        assert result["held"] == pytest.approx(size / 2, rel=0.05)
+
+    def test_nothing_is_gathered_but_for_forward_and_backward_passes(self, sharded):
+        # 4 steps of 2 micro-batches; 2 refreshes of 5 finite differences.
+        passes = {"stock": 8, "SAM": 16, "bert float64 fsdp2": 16 + 20}
+        gathers = {name: sharded[name]["gathers"] for name in passes}
+        each = (gathers["SAM"] - gathers["stock"]) / 8
+        assert each > 0
+        assert gathers["bert float64 fsdp2"] - gathers["SAM"] == 20 * each
