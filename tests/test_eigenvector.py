@@ -1,5 +1,7 @@
 """Hessian-vector products and power iteration against dense Hessians, Lanczos and double backward."""
 
+import math
+
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
