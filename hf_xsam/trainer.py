@@ -21,6 +21,8 @@ from .eigenvector import (
     power_iteration,
     random_unit_vector,
 )
+from .hub import PushCallback, refusal_explained
+from .model_card import complete_model_card, prepare_adapter_card
 from .perturbation import ascent_perturbation, perturbed
 from .replay import MicroBatch, RandomState, Replay, gradients, side_effects_undone, twice_differentiable_attention
 from .scope import in_scope, trainable_parameters
@@ -74,6 +76,8 @@ class XSAMTrainerMixin(_Trainer):
         self._xsam_logs_far_above = 0
         refuse_unsupported(self)
         self._eigen_parameters()  # an eigen_scope that matches nothing is refused now
+        if self.args.push_to_hub:
+            self.add_callback(PushCallback(self))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -287,6 +291,30 @@ class XSAMTrainerMixin(_Trainer):
         """Return the coarsest dtype that the loss is computed in."""
         autocast = AUTOCAST_DTYPES.get(self.accelerator.mixed_precision)
         return autocast or max((p.dtype for p in parameters), key=lambda dtype: torch.finfo(dtype).eps)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and X-SAM's settings beside it as `xsam_config.json`."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.xsam_config.save_pretrained(output_dir or str(self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the stock card, and add what X-SAM has to say: see [`hf_xsam.model_card`]."""
+        if self.is_world_process_zero():
+            prepare_adapter_card(self)
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_model_card(self, self.xsam_config, kwargs.get("finetuned_from"))
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository; where the hub refuses the token, the error says what to do."""
+        with refusal_explained(self):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push model, settings and card; where the hub refuses the token, the error says what to do."""
+        with refusal_explained(self):
+            return super().push_to_hub(*args, **kwargs)
 
 
 def _alignment(gradient: Sequence[Tensor], eigenvector: Sequence[Tensor]) -> dict[str, Tensor]:
