@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 import movie_reviews
 import pytest
 import text_classification
 import yaml
+from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from ..fake_hub import WRITE_TOKEN
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 WORDS = ["good", "fine", "great", "bad", "poor", "dull", "film", "plot"]
@@ -51,6 +55,29 @@ def test_learns_in_each_mode(model_and_data, mode, capsys):
     assert ("xsam/eigenvalue" in table) == (mode == "xsam")
     saved = BertForSequenceClassification.from_pretrained(model_and_data["output_dir"])
     assert saved.config.id2label == {0: "no", 1: "yes"}
+
+
+@pytest.mark.parametrize("mode", ["trainer", "xsam"])
+def test_pushes_with_task_and_data_on_the_card(model_and_data, hub, mode):
+    pushing = {"push_to_hub": True, "hub_model_id": "tester/reviews", "hub_token": WRITE_TOKEN, "max_steps": 2}
+    pushing |= {"optimizer_mode": mode, "eigenvalue_samples": 0}
+    metrics = text_classification.main(flags(model_and_data | {name: str(value) for name, value in pushing.items()}))
+    repository = hub.repositories["tester/reviews"]
+    assert [title for title, _ in repository.commits] == ["End of training"]
+    assert {"model.safetensors", "all_results.json", "trainer_state.json"} <= repository.files.keys()
+    card = ModelCard(repository.files["README.md"].decode())
+    assert "on the train.csv dataset" in card.text
+    assert ("x-sam" in card.data.tags) == (mode == "xsam")
+    if mode == "xsam":
+        assert f"| test | {metrics['test_loss']:.4g} | {metrics['test_accuracy']:.4g} |" in card.text
+
+
+def test_card_facts_of_named_and_of_embedded_model_and_data():
+    named = common.RecipeArguments(model_name_or_path="m", dataset_name="nyu-mll/glue", dataset_config_name="sst2")
+    data = {"dataset": "nyu-mll/glue", "dataset_tags": "nyu-mll/glue", "dataset_args": "sst2"}
+    assert common.card_facts(named, "text-classification", "model", "data") == {"tasks": "text-classification", **data}
+    embedded = common.card_facts(common.RecipeArguments(), "text-classification", "model", "data")
+    assert embedded == {"tasks": "text-classification", "finetuned_from": "model", "dataset": "data"}
 
 
 def test_yaml_with_options_after_it(model_and_data, tmp_path):
