@@ -6,7 +6,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,7 +33,7 @@ class PushCallback(TrainerCallback):
 
     def __init__(self, trainer: "XSAMTrainerMixin") -> None:
         self._trainer = trainer
-        self._watched: WeakSet[Future] = WeakSet()
+        self._watched: set[Future] = set()
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -44,15 +43,18 @@ class PushCallback(TrainerCallback):
         # After training, `push_to_hub` goes on to write both itself.
         if trainer.is_in_train and trainer.is_world_process_zero():
             trainer.xsam_config.save_pretrained(str(args.output_dir))
-            if hasattr(trainer.model, "config"):  # without one, there is no stock card to complete
+            try:
                 trainer.create_model_card(model_name=str(trainer.hub_model_id).split("/")[-1])
+            except Exception as error:  # at this point the stock Trainer writes none: a card may not end a training
+                logger.warning("A checkpoint is pushed without a model card, which could not be written: %r", error)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Have a failure of the pushes in the background logged; the stock `Trainer` drops it."""
         push = getattr(self._trainer, "push_in_progress", None)
-        for job in set(push.jobs if push else ()) - set(self._watched):
-            self._watched.add(job)
+        jobs = set(push.jobs if push else ())
+        for job in jobs - self._watched:
             job.add_done_callback(self._log_failure)
+        self._watched = jobs  # a push that is still under way comes again at the next save
 
     def _log_failure(self, job: Future) -> None:
         if not job.cancelled() and (error := job.exception()) is not None:

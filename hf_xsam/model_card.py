@@ -1,6 +1,7 @@
 """What a pushed model says of its training: X-SAM's part of the model card, after the stock one."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -116,6 +117,8 @@ def further_results(stock: Sequence[EvalResult], metrics: Mapping[str, Mapping[s
         # The stock card's one split is the evaluation split, by the name that the data set has for it.
         named = stock[0].dataset_split if split == "eval" else split.removeprefix("eval_")
         for name, value in values.items():
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                continue  # what `compute_metrics` returns may be anything; the hub takes numbers
             title = " ".join(part.capitalize() for part in name.split("_"))
             result = replace(
                 stock[0], dataset_split=named, metric_type=name, metric_name=title, metric_value=value, metric_args=None
@@ -148,7 +151,7 @@ def xsam_section(
         f"```python\n{loading}\n```",
         "### Settings",
         markdown_table(("field", "value"), [(f"`{name}`", f"`{x}`") for name, x in config.to_dict().items()]),
-        f"They are in `{CONFIG_NAME}`. To train with the same again:",
+        f"They are in `{CONFIG_NAME}`. To train with the same settings again:",
         f"```python\n{repeat}\n```",
     ]
     if metrics:
@@ -163,7 +166,7 @@ def xsam_section(
         ]
     if plot:
         parts.append(f"![The top eigenvalue, the loss and the perturbed loss by optimizer step]({plot})")
-    return "\n" + "\n\n".join([*parts, "### Citations", CITATIONS])
+    return "\n\n" + "\n\n".join([*parts, "### Citations", CITATIONS])
 
 
 def sharpness_rows(history: Logs) -> list[tuple[str, ...]]:
@@ -171,7 +174,10 @@ def sharpness_rows(history: Logs) -> list[tuple[str, ...]]:
     rows = []
     for name, title in FIGURES.items():
         if values := [line[name] for line in history if name in line]:
-            rows.append((title, *map(_number, (values[0], values[-1], min(values), max(values)))))
+            finite = [
+                x for x in values if math.isfinite(x)
+            ] or values  # a step that overflowed has no part in the range
+            rows.append((title, *map(_number, (values[0], values[-1], min(finite), max(finite)))))
     return rows
 
 
@@ -214,19 +220,23 @@ def loading_snippet(model: Any, processing_class: Any, repo: str, base_model: st
         labels = getattr(base.config, "num_labels", 2)
         options = "" if labels == 2 else f", num_labels={labels}"
         load = f".from_pretrained({json.dumps(base_model)}{options})" if base_model else "(...)"
-        imports = [_import(base), "from peft import PeftModel"]
+        imports = [_origin(base), ("peft", "PeftModel")]
         code = [
             f"base_model = {type(base).__name__}{load}",
             f"model = PeftModel.from_pretrained(base_model, {json.dumps(repo)})",
         ]
     else:
-        imports, code = [_import(model)], [f"model = {type(model).__name__}.from_pretrained({json.dumps(repo)})"]
+        imports, code = [_origin(model)], [f"model = {type(model).__name__}.from_pretrained({json.dumps(repo)})"]
     if processing_class is not None:
         tokenizer = isinstance(processing_class, PreTrainedTokenizerBase)
         kind, variable = ("AutoTokenizer", "tokenizer") if tokenizer else ("AutoProcessor", "processor")
-        imports.append(f"from transformers import {kind}")
+        imports.append(("transformers", kind))
         code.append(f"{variable} = {kind}.from_pretrained({json.dumps(repo)})")
-    return "\n".join([*imports, "", *code])
+    lines = []
+    for module in sorted({module for module, _ in imports}):
+        names = ", ".join(sorted(name for origin, name in imports if origin == module))
+        lines.append(f"from {module} import {names}")
+    return "\n".join([*lines, "", *code])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -235,9 +245,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def _import(model: Any) -> str:
+def _origin(model: Any) -> tuple[str, str]:
+    """Return the module to import the model's class from, and the class's name."""
     module = type(model).__module__
-    return f"from {'transformers' if module.startswith('transformers.') else module} import {type(model).__name__}"
+    return "transformers" if module.startswith("transformers.") else module, type(model).__name__
 
 
 def _number(value: Any) -> str:

@@ -147,6 +147,31 @@ def test_every_save_publishes_all_of_it(hub, tmp_path, adapter):
     assert XSAMConfig.from_pretrained(REPO, cache_dir=tmp_path / "cache") == CONFIG
 
 
+class Linear(torch.nn.Module):
+    """A model without a `config`, for which the stock method cannot write a card."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 1)
+
+    def forward(self, x, labels):
+        return {"loss": torch.nn.functional.mse_loss(self.linear(x).squeeze(-1), labels)}
+
+
+def test_a_card_that_cannot_be_written_does_not_end_the_training(hub, tmp_path, caplog):
+    settings = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": WRITE_TOKEN, "save_strategy": "epoch"}
+    trainer = XSAMTrainer(
+        model=Linear(),
+        args=arguments(tmp_path, num_train_epochs=1, **settings),
+        train_dataset=examples_of({"x": torch.randn(8, 3), "labels": torch.randn(8)}),
+        xsam_config=XSAMConfig(rho=0.01),
+    )
+    with caplog.at_level(logging.WARNING, logger="hf_xsam.hub"):
+        trainer.train()
+    assert "pushed without a model card" in caplog.text
+    assert {"model.safetensors", CONFIG_NAME} <= hub.repositories[REPO].files.keys()
+
+
 def test_a_pushed_checkpoint_has_the_settings(hub, tmp_path):
     trainer = make_trainer(tmp_path, hub_strategy="checkpoint", save_strategy="steps", save_steps=4)
     trainer.train()

@@ -1,5 +1,6 @@
 """X-SAM's part of the model card: its figures, its plot, and its code in the cases that no push covers."""
 
+import math
 import sys
 
 import pytest
@@ -40,7 +41,7 @@ def test_results_that_the_stock_card_has_are_not_repeated():
     stock = EvalResult(
         **task, dataset_split="validation", metric_type="accuracy", metric_name="Accuracy", metric_value=1
     )
-    metrics = {"eval": {"loss": 0.5, "accuracy": 1}, "eval_mm": {"accuracy": 0.9}}
+    metrics = {"eval": {"loss": 0.5, "accuracy": 1, "by_class": [1, 1]}, "eval_mm": {"accuracy": 0.9, "loss": math.nan}}
     results = further_results([stock], metrics)
     assert [(r.dataset_split, r.metric_type, r.metric_value) for r in results] == [
         ("validation", "loss", 0.5),
@@ -57,6 +58,11 @@ def test_sharpness_over_the_run():
     ]
 
 
+def test_a_step_that_overflowed_is_out_of_the_range():
+    history = [{"xsam/sharpness": value} for value in (math.nan, 0.2, math.inf, 0.1)]
+    assert sharpness_rows(history) == [("sharpness, perturbed loss - loss", "nan", "0.1", "0.1", "0.2")]
+
+
 def test_before_training_and_without_a_correction():
     section = xsam_section(XSAMConfig(alpha=0.0), {}, [], None, "code", "user/model")
     assert "trained with SAM (X-SAM at alpha 0" in section
@@ -71,7 +77,7 @@ def test_the_plot_shows_the_logs(tmp_path, monkeypatch):
     monkeypatch.setattr(
         figure_module.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
     )
-    assert draw_plot([*HISTORY, {**HISTORY[0], "step": 40, "loss": float("nan")}], tmp_path / "plot.png") == "plot.png"
+    assert draw_plot([*HISTORY, {**HISTORY[0], "step": 40, "loss": math.nan}], tmp_path / "plot.png") == "plot.png"
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "plot.png").stat().st_size < 60_000
     eigenvalue, loss = drawn[0].axes
@@ -114,6 +120,7 @@ def test_loading_code_of_an_adapter_names_base_and_labels():
     base = ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **SIZES))
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
     code = loading_snippet(adapted, object(), "user/vit", "google/vit")
+    assert code.startswith("from peft import PeftModel\nfrom transformers import AutoProcessor, ViTForImageCl")
     assert 'base_model = ViTForImageClassification.from_pretrained("google/vit", num_labels=10)' in code
     assert 'model = PeftModel.from_pretrained(base_model, "user/vit")' in code
     assert 'processor = AutoProcessor.from_pretrained("user/vit")' in code
