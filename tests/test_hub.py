@@ -3,6 +3,8 @@
 import logging
 import re
 import time
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertForSequenceClassification, BertTokenizerFast, Trainer, TrainerCallback
+from transformers.utils import PushInProgress
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.config import CONFIG_NAME
+from hf_xsam.hub import PushCallback
 
 from .cases import tiny_bert
 from .fake_hub import READ_TOKEN, WRITE_TOKEN, Repository
@@ -222,6 +226,11 @@ def test_a_token_without_write_access(hub, tmp_path):
     with pytest.raises(HfHubHTTPError, match="may not write to 'someone/model'"):
         make_trainer(tmp_path, hub_model_id="someone/model")
 
+    with pytest.raises(HfHubHTTPError, match="may not write to 'tester/tiny'") as error:
+        make_trainer(tmp_path, hub_token=READ_TOKEN, push_to_hub=False).push_to_hub()
+    assert str(error.value).count("may not write") == 1
+    assert "The model is saved" not in str(error.value)  # the stock method creates the repository first
+
     hub.repositories[REPO] = Repository()
     trainer = make_trainer(tmp_path, hub_token=READ_TOKEN)
     trainer.train()
@@ -252,6 +261,16 @@ def test_a_checkpoint_that_could_not_be_pushed_is_said(hub, tmp_path, caplog):
     for message in caplog.messages:
         assert "A checkpoint was not pushed to 'tester/tiny'" in message
         assert "token of type write" in message
+
+
+def test_a_push_that_outlasts_a_save_is_logged_once(caplog):
+    job = Future()
+    trainer = SimpleNamespace(push_in_progress=PushInProgress([job]), hub_model_id=REPO)
+    callback = PushCallback(trainer)
+    callback.on_save(None, None, None)
+    callback.on_save(None, None, None)
+    job.set_exception(ConnectionError("the line is down"))
+    assert caplog.messages == [f"A checkpoint was not pushed to {REPO!r}: the line is down"]
 
 
 def test_settings_from_the_hub(hub, tmp_path):

@@ -1,6 +1,7 @@
 """The recipe in all three modes on a tiny model, from the command line, YAML and `accelerate launch`."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,13 +106,18 @@ def test_wrong_columns_and_files_are_named(model_and_data):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_accelerate_launch(model_and_data, processes):
+def test_accelerate_launch(model_and_data, hub, processes):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, *launch, str(RECIPES / "text_classification.py"), *flags(model_and_data)]
-    result = subprocess.run([*command, "--max_steps", "4"], capture_output=True, text=True, timeout=300)
+    push = ["--push_to_hub", "--hub_model_id", "tester/reviews", "--hub_token", WRITE_TOKEN]
+    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
+    command = [*command, *push, "--max_steps", "4"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("xsam on") == 1
+    assert [title for title, _ in hub.repositories["tester/reviews"].commits] == ["End of training"]
+    assert {"model.safetensors", "xsam_config.json"} <= hub.repositories["tester/reviews"].files.keys()
 
 
 def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
