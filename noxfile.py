@@ -9,4 +9,5 @@ OLDEST = ["transformers==5.0.0", "accelerate==1.4.0"]
 def oldest(session: nox.Session) -> None:
     session.install("torch==2.13.0")
     session.install("-e", ".", *OLDEST, "peft", "pytest", "scipy")
-    session.run("pytest", "-q", "tests/test_golden.py", "tests/test_trainer.py", "tests/test_lora.py")
+    names = ("config", "golden", "hub", "lora", "model_card", "trainer")
+    session.run("pytest", "-q", *(f"tests/test_{name}.py" for name in names))

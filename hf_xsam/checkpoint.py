@@ -177,11 +177,14 @@ def _warn_of_differences(
         )
 
 
-def last_complete_checkpoint(folder: str) -> str | None:
-    """Return the newest checkpoint in `folder` that was written to its end, or None; warn of those passed over.
+def last_complete_checkpoint(folder: str) -> str:
+    """Return the newest checkpoint in `folder` that was written to its end; warn of those passed over.
 
     A process that is killed while it saves leaves a folder that the stock Trainer would resume from without its
     optimizer state or step count.
+
+    Raises:
+        ValueError: where there is none.
     """
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     numbered = [path for path in Path(folder).glob(f"{prefix}*") if path.name[len(prefix) :].isdecimal()]
@@ -189,7 +192,7 @@ def last_complete_checkpoint(folder: str) -> str | None:
         if _is_complete(path):
             return str(path)
         logger.warning("%s is passed over: saving it was interrupted.", path)
-    return None
+    raise ValueError(f"There is no complete checkpoint in {folder!r}: train without resume_from_checkpoint.")
 
 
 def _is_complete(checkpoint: Path) -> bool:

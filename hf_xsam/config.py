@@ -1,11 +1,19 @@
 """`XSAMConfig`: every setting of X-SAM, its range and where it comes from."""
 
+import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
 SCOPES = ("trainable", "lora")
+CONFIG_NAME = "xsam_config.json"
+NOT_WRITTEN = "XSAMTrainer writes it beside each model that it saves; for one without it, set XSAMConfig's fields."
 
 
 @dataclass
@@ -139,6 +147,46 @@ class XSAMConfig:
             raise ValueError(f"XSAMConfig has no field {', '.join(unknown)}; its fields are {', '.join(known)}.")
         return cls(**settings)
 
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the settings to `xsam_config.json` in `folder`, which is made where there is none."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, repo_or_path: str | os.PathLike[str], *, subfolder: str | None = None, **hub_options: Any
+    ) -> "XSAMConfig":
+        """Read the settings that a model was trained with, from its folder or from the hub.
+
+        Args:
+            repo_or_path: a folder that `save_pretrained` or the trainer wrote, or a model's name on the hub.
+            subfolder: folder within it, such as `"last-checkpoint"`.
+            **hub_options: passed on to [`~huggingface_hub.hf_hub_download`]: `revision`, `token`, `cache_dir`, ...
+
+        Raises:
+            OSError: where there is no `xsam_config.json` to be had.
+            ValueError: for a file that is not such settings. Either names the file and what to do.
+        """
+        if os.path.isdir(repo_or_path):
+            path = Path(repo_or_path, subfolder or "", CONFIG_NAME)
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} does not exist. {NOT_WRITTEN}")
+        else:
+            path = _download(str(repo_or_path), subfolder, hub_options)
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError(f"it holds a {type(settings).__name__}, not an object")
+        except ValueError as error:  # JSON's and Unicode's errors are ValueErrors
+            raise ValueError(
+                f"{path} is damaged ({error}). Write it again with XSAMConfig.save_pretrained, or, if it came from "
+                "the hub, download it again with force_download=True."
+            ) from error
+        try:
+            return cls.from_dict(settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error} If a newer hf_xsam wrote the file, update; else correct it.") from error
+
     def rho_at(self, step: int) -> float:
         """Return the radius at optimizer step `step`, counted from 0, under the linear warmup."""
         return self.rho * min(1.0, step / self.rho_warmup_steps) if self.rho_warmup_steps else self.rho
@@ -151,3 +199,23 @@ class XSAMConfig:
     def corrects_at(self, step: int) -> bool:
         """Return whether the gradient of optimizer step `step`, counted from 0, is corrected, not plain SAM's."""
         return self.alpha > 0 and step >= self.eigen_start_step
+
+
+def _download(repo: str, subfolder: str | None, hub_options: dict[str, Any]) -> Path:
+    """Return where the cache has the file, downloaded if need be."""
+    try:
+        return Path(hf_hub_download(repo, CONFIG_NAME, subfolder=subfolder, **hub_options))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{CONFIG_NAME} of {repo!r} is not in the local cache, and the hub cannot be reached: check the name "
+            "(it is no folder here either), the connection, HF_HUB_OFFLINE and local_files_only."
+        ) from error
+    except EntryNotFoundError as error:
+        where = f"{repo!r} on the hub" if subfolder is None else f"{subfolder!r} in {repo!r} on the hub"
+        raise FileNotFoundError(f"There is no {CONFIG_NAME} in {where}. {NOT_WRITTEN}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"{repo!r} is no folder here, and its {CONFIG_NAME} cannot be had from the hub: {reason} "
+            "Check the name and the revision; a private or gated model needs `token` or `hf auth login`."
+        ) from error

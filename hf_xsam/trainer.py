@@ -15,7 +15,9 @@ from .config import XSAMConfig
 from .correction import corrected_gradient
 from .eigenvector import HessianVectorProduct, power_iteration, random_unit_vector
 from .hessian import Loss, choose_method, hessian_vector_product
+from .hub import PushCallback, refusal_explained
 from .metrics import Advice, RunningMeans, alignment
+from .model_card import complete_model_card, prepare_adapter_card
 from .perturbation import ascent_perturbation, perturbed
 from .precision import loss_scale
 from .replay import (
@@ -68,6 +70,8 @@ class XSAMTrainerMixin(_Trainer):
         self._xsam_hvp_method: str | None = None  # chosen at the first product, which shows what the model allows
         refuse_unsupported(self, self.xsam_config)
         self._eigen_parameters()  # an eigen_scope that matches nothing is refused now
+        if self.args.push_to_hub:
+            self.add_callback(PushCallback(self))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -242,7 +246,7 @@ class XSAMTrainerMixin(_Trainer):
         """
         self._xsam_window, self._xsam_metrics = [], RunningMeans()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir)) or True
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -256,6 +260,30 @@ class XSAMTrainerMixin(_Trainer):
                 logs.update(zip(names, means.tolist(), strict=True))
             self._xsam_advice.read(logs)
         super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, and X-SAM's settings beside it as `xsam_config.json`."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.xsam_config.save_pretrained(output_dir or str(self.args.output_dir))
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the stock card, and add what X-SAM has to say: see [`hf_xsam.model_card`]."""
+        if self.is_world_process_zero():
+            prepare_adapter_card(self)
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_model_card(self, self.xsam_config, kwargs.get("finetuned_from"))
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Create the repository; where the hub refuses the token, the error says what to do."""
+        with refusal_explained(self):
+            super().init_hf_repo(*args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push model, settings and card; where the hub refuses the token, the error says what to do."""
+        with refusal_explained(self):
+            return super().push_to_hub(*args, **kwargs)
 
     def _trainable_parameters(self) -> dict[str, nn.Parameter]:
         return trainable_parameters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))

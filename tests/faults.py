@@ -196,13 +196,19 @@ class Inspector(TrainerCallback):
         self.check(fired or not unmoved, "no step", step)
 
 
+def newest_checkpoint(folder):
+    """Return what to resume from: the newest complete checkpoint, or None where there is none yet."""
+    with suppress(ValueError):
+        return last_complete_checkpoint(str(folder))
+    return None
+
+
 def train_in_subprocess(run, folder, output, started):
     """Train, from the newest complete checkpoint in `folder` where there is one, and save the outcome."""
     torch.set_num_threads(1)
     trainer = run.trainer(folder)
-    resume = last_complete_checkpoint(str(folder)) is not None
     started.set()
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
     partial = Path(output).with_suffix(".partial")
     torch.save(outcome(trainer), partial)
     partial.rename(output)

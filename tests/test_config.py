@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import fields
 
 import pytest
@@ -69,6 +70,39 @@ def test_dictionary_round_trip():
     assert XSAMConfig.from_dict({"rho": 0.2}) == XSAMConfig(rho=0.2)
     with pytest.raises(ValueError, match="no field sigma.*rho"):
         XSAMConfig.from_dict({"sigma": 1})
+
+
+def test_saved_beside_a_model_and_read_back(tmp_path):
+    config = XSAMConfig(rho=0.02, alpha=1.5, correction="aligned", normalize_gradient=False, eigen_scope=r"layer\.1")
+    config.save_pretrained(tmp_path / "new" / "model")
+    assert XSAMConfig.from_pretrained(tmp_path / "new" / "model") == config
+    assert XSAMConfig.from_pretrained(str(tmp_path / "new"), subfolder="model") == config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"does not exist\. XSAMTrainer writes it beside each model"),
+        (b"{", r"is damaged \(Expecting.*\)\. Write it again with XSAMConfig\.save_pretrained.*force_download=True"),
+        (b"\xff", "is damaged"),
+        (b"[]", "is damaged .it holds a list, not an object"),
+        (b'{"sigma": 1}', "XSAMConfig has no field sigma; .* If a newer hf_xsam wrote the file, update"),
+        (b'{"rho": -1}', "XSAMConfig.rho is -1; it must be at least 0. .* else correct it"),
+    ],
+)
+def test_a_file_that_is_missing_or_wrong_is_named(tmp_path, content, message):
+    path = tmp_path / "xsam_config.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(
+        FileNotFoundError if content is None else ValueError, match=re.escape(str(path)) + ".*" + message
+    ):
+        XSAMConfig.from_pretrained(tmp_path)
+
+
+def test_offline_without_a_cached_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'user/model' is not in the local cache.*HF_HUB_OFFLINE"):
+        XSAMConfig.from_pretrained("user/model", cache_dir=tmp_path)
 
 
 def test_schedules():

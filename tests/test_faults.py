@@ -10,12 +10,11 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_xsam.checkpoint import last_complete_checkpoint
-
 from .faults import (
     STEPS,
     FaultyModel,
     Run,
+    newest_checkpoint,
     outcome,
     run_with_fault,
     same,
@@ -51,7 +50,7 @@ def test_a_fault_in_a_forward_pass(tmp_path, number):
         assert trainer.model.fired == 1
         assert torch.equal(weights_of(trainer.model), inspector.before["weights"])
         assert all(p.grad is None for p in trainer.model.parameters())
-        expected, checkpoint = undisturbed, last_complete_checkpoint(str(tmp_path))
+        expected, checkpoint = undisturbed, newest_checkpoint(tmp_path)
     else:
         assert trainer.state.global_step == STEPS
         assert trainer.model.fired > 0

@@ -1,15 +1,20 @@
 """The recipe in all three modes on a tiny model, from the command line, YAML and `accelerate launch`."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import common
 import movie_reviews
 import pytest
 import text_classification
 import yaml
+from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from ..fake_hub import WRITE_TOKEN
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 WORDS = ["good", "fine", "great", "bad", "poor", "dull", "film", "plot"]
@@ -53,6 +58,29 @@ def test_learns_in_each_mode(model_and_data, mode, capsys):
     assert saved.config.id2label == {0: "no", 1: "yes"}
 
 
+@pytest.mark.parametrize("mode", ["trainer", "xsam"])
+def test_pushes_with_task_and_data_on_the_card(model_and_data, hub, mode):
+    pushing = {"push_to_hub": True, "hub_model_id": "tester/reviews", "hub_token": WRITE_TOKEN, "max_steps": 2}
+    pushing |= {"optimizer_mode": mode, "eigenvalue_samples": 0}
+    metrics = text_classification.main(flags(model_and_data | {name: str(value) for name, value in pushing.items()}))
+    repository = hub.repositories["tester/reviews"]
+    assert [title for title, _ in repository.commits] == ["End of training"]
+    assert {"model.safetensors", "all_results.json", "trainer_state.json"} <= repository.files.keys()
+    card = ModelCard(repository.files["README.md"].decode())
+    assert "on the train.csv dataset" in card.text
+    assert ("x-sam" in card.data.tags) == (mode == "xsam")
+    if mode == "xsam":
+        assert f"| test | {metrics['test_loss']:.4g} | {metrics['test_accuracy']:.4g} |" in card.text
+
+
+def test_card_facts_of_named_and_of_embedded_model_and_data():
+    named = common.RecipeArguments(model_name_or_path="m", dataset_name="nyu-mll/glue", dataset_config_name="sst2")
+    data = {"dataset": "nyu-mll/glue", "dataset_tags": "nyu-mll/glue", "dataset_args": "sst2"}
+    assert common.card_facts(named, "text-classification", "model", "data") == {"tasks": "text-classification", **data}
+    embedded = common.card_facts(common.RecipeArguments(), "text-classification", "model", "data")
+    assert embedded == {"tasks": "text-classification", "finetuned_from": "model", "dataset": "data"}
+
+
 def test_yaml_with_options_after_it(model_and_data, tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text(yaml.safe_dump(model_and_data | {"max_steps": 9}))
@@ -78,13 +106,18 @@ def test_wrong_columns_and_files_are_named(model_and_data):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_accelerate_launch(model_and_data, processes):
+def test_accelerate_launch(model_and_data, hub, processes):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, *launch, str(RECIPES / "text_classification.py"), *flags(model_and_data)]
-    result = subprocess.run([*command, "--max_steps", "4"], capture_output=True, text=True, timeout=300)
+    push = ["--push_to_hub", "--hub_model_id", "tester/reviews", "--hub_token", WRITE_TOKEN]
+    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
+    command = [*command, *push, "--max_steps", "4"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("xsam on") == 1
+    assert [title for title, _ in hub.repositories["tester/reviews"].commits] == ["End of training"]
+    assert {"model.safetensors", "xsam_config.json"} <= hub.repositories["tester/reviews"].files.keys()
 
 
 def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
