@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from .eigenvector import (
     HessianVectorProduct,
@@ -14,6 +14,7 @@ from .eigenvector import (
     finite_difference_step,
 )
 from .precision import coarsest_dtype, loss_scale
+from .replay import gradients, twice_differentiable_attention
 from .support import double_backward_obstacle
 from .tensors import is_sharded, scale
 
@@ -35,6 +36,33 @@ class Loss:
     gradient: Callable[[Sequence[Tensor]], list[Tensor]]
     gradient_is_local: bool
     single_term: bool
+
+
+def mean_loss(
+    accelerator: Accelerator, model: nn.Module, batch_losses: Sequence[Callable[[], Tensor]], sharded: bool
+) -> Loss:
+    """Return the mean of `batch_losses`; its gradient replaces what the model's parameters have in `.grad`.
+
+    Args:
+        accelerator: the trainer's.
+        model: that the losses are of, without wrappers.
+        batch_losses: each computes the loss of a batch.
+        sharded: whether the model's parameters are, so that its backward pass averages over the processes.
+    """
+
+    def terms() -> Iterator[Tensor]:
+        for batch_loss in batch_losses:
+            with twice_differentiable_attention(), accelerator.autocast():
+                loss = batch_loss()
+            yield loss_scale(accelerator) * loss / len(batch_losses)
+
+    def gradient(parameters: Sequence[Tensor]) -> list[Tensor]:
+        model.zero_grad()
+        for term in terms():
+            term.backward()
+        return gradients(parameters)
+
+    return Loss(terms, gradient, gradient_is_local=not sharded, single_term=len(batch_losses) == 1)
 
 
 def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor]) -> str:

@@ -128,6 +128,17 @@ def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold the model in evaluation mode within the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
 def gradients_set_aside(model: nn.Module) -> Iterator[None]:
     """Give the block parameters without gradients, and put those back that they had."""
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]

@@ -81,12 +81,16 @@ def double_backward_obstacle(
     try:
         gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         curved = [g for g in gradient if g is not None and g.requires_grad]
+        second: tuple[Tensor | None, ...] = ()
         if curved:
-            torch.autograd.grad(curved, parameters, [torch.zeros_like(g) for g in curved], allow_unused=True)
+            second = torch.autograd.grad(curved, parameters, [torch.zeros_like(g) for g in curved], allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
+    # Seen with layer norms of float16 weights, whose second derivative has the third power of 1 / deviation.
+    if any(not torch.isfinite(s).all() for s in second if s is not None):
+        return f"the second derivative overflows in {curved[0].dtype}"
     return None
 
 

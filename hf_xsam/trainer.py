@@ -1,8 +1,9 @@
 """X-SAM for any `Trainer`: each optimizer step's gradient is replaced by X-SAM's."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from .checkpoint import last_complete_checkpoint, load_state, save_state
 from .config import XSAMConfig
 from .correction import corrected_gradient
 from .eigenvector import HessianVectorProduct, power_iteration, random_unit_vector
-from .hessian import Loss, choose_method, hessian_vector_product
+from .hessian import Loss, choose_method, hessian_vector_product, mean_loss
 from .hub import PushCallback, refusal_explained
 from .metrics import Advice, RunningMeans, alignment
 from .model_card import complete_model_card, prepare_adapter_card
@@ -24,10 +25,10 @@ from .replay import (
     MicroBatch,
     RandomState,
     Replay,
+    evaluating,
     gradients,
     gradients_set_aside,
     side_effects_undone,
-    twice_differentiable_attention,
 )
 from .scope import in_scope, trainable_parameters
 from .state import XSAMState
@@ -139,10 +140,13 @@ class XSAMTrainerMixin(_Trainer):
         """Run power iterations on the window's loss at the weights as they stand, from the last eigenvector.
 
         Returns:
-            Whether all products were finite; if not, the state is left as it was and the next step tries again.
+            Whether all was finite; if not, the state is left as it was and the next step tries again.
         """
         state, scope = self.xsam_state, self._eigen_parameters()
         parameters = list(scope.values())
+        gradient = gradients(parameters)
+        if not self._all_finite({"norm": norm(gradient)}):
+            return False
         local = self.xsam_config.ascent == "local"
         loss = Loss(
             terms=replay.losses,
@@ -150,7 +154,7 @@ class XSAMTrainerMixin(_Trainer):
             gradient_is_local=local,
             single_term=len(replay.micro_batches) == 1,
         )
-        product = self._hessian_vector_product(loss, parameters, gradients(parameters))
+        product = self._hessian_vector_product(loss, parameters, gradient)
         start = state.warm_start(scope) or random_unit_vector(parameters, self.args.seed)
         estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift)
         if not estimate.is_finite():
@@ -206,29 +210,17 @@ class XSAMTrainerMixin(_Trainer):
         parameters = list(scope.values())
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-        def terms() -> Iterator[Tensor]:
-            for batch in batches:
-                with twice_differentiable_attention(), self.accelerator.autocast():
-                    loss = self.compute_loss(model, send_to_device(dict(batch), self.args.device))
-                assert isinstance(loss, Tensor)  # a tuple only with return_outputs
-                yield loss_scale(self.accelerator) * loss / len(batches)
+        def loss_on(batch: Mapping[str, Any]) -> Tensor:
+            loss = self.compute_loss(model, send_to_device(dict(batch), self.args.device))
+            assert isinstance(loss, Tensor)  # a tuple only with return_outputs
+            return loss
 
-        def gradient(parameters: Sequence[Tensor]) -> list[Tensor]:
-            model.zero_grad()
-            for term in terms():
-                term.backward()
-            return gradients(parameters)
-
-        training = model.training
-        model.eval()
-        try:
-            with side_effects_undone(model, self.args.device), gradients_set_aside(model):
-                loss = Loss(terms, gradient, not is_sharded(parameters[0]), single_term=len(batches) == 1)
-                product = self._hessian_vector_product(loss, parameters)
-                start = random_unit_vector(parameters, self.args.seed)
-                estimate = power_iteration(product, start, iterations)
-        finally:
-            model.train(training)
+        with evaluating(model), side_effects_undone(model, self.args.device), gradients_set_aside(model):
+            batch_losses = [partial(loss_on, batch) for batch in batches]
+            loss = mean_loss(self.accelerator, model, batch_losses, sharded=is_sharded(parameters[0]))
+            product = self._hessian_vector_product(loss, parameters)
+            start = random_unit_vector(parameters, self.args.seed)
+            estimate = power_iteration(product, start, iterations)
         return dict(zip(scope, estimate.vector, strict=True)), estimate.value.item()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
