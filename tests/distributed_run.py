@@ -23,7 +23,7 @@ from tests.helpers import arguments, examples_of, logs_of
 from tests.test_lora import adapted
 from tests.test_trainer import bert, sentences
 
-MODELS = {"bert": bert, "lora": adapted, "branches": lambda: Branches()}
+MODELS = {"bert": bert, "dropout": lambda: bert(0.1), "lora": adapted, "branches": lambda: Branches()}
 
 
 class Branches(nn.Module):

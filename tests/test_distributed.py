@@ -1,10 +1,14 @@
 """Several processes (gloo) against one with the whole batch: DistributedDataParallel and FSDP2."""
 
 import json
+import random
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -13,17 +17,20 @@ XSAM = {"rho": 0.1, "alpha": 0.5, "eigen_interval": 2, "normalize_gradient": Fal
 SAM = {"rho": 0.1, "alpha": 0.0}
 
 
-def launch(processes, cases, folder, check=True):
-    """Run the cases one after the other under torchrun, and return what each gave, or the process's result."""
-    folder.mkdir(parents=True, exist_ok=True)
+def command(processes, cases, folder):
+    """Return the command that runs the cases one after the other under torchrun, and the file of what each gives."""
     specification, output = folder / "cases.json", folder / "results.pt"
     specification.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    result = subprocess.run(
-        [*command, str(SCRIPT), str(specification), str(output)], capture_output=True, text=True, timeout=600
-    )
-    assert result.returncode == 0 or not check, result.stderr[-5000:]
-    return torch.load(output), result
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(SCRIPT), str(specification), str(output)], output
+
+
+def launch(processes, cases, folder):
+    """Run the cases, and return what each gave and what the processes said."""
+    arguments, output = command(processes, cases, folder)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-5000:]
+    return torch.load(output), result.stderr
 
 
 def case(config, world, examples=32, global_batch=8, accumulation=2, **settings):
@@ -139,3 +146,98 @@ class TestFullyShardedDataParallel:
         each = (gathers["SAM"] - gathers["stock"]) / 8
         assert each > 0
         assert gathers["bert float64 fsdp2"] - gathers["SAM"] == 20 * each
+
+
+# Not SGD without momentum: FSDP2's checkpoints of an optimizer without state cannot be read back (torch 2.13).
+SAVING = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+
+
+class TestResume:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        return tmp_path_factory.mktemp("resume")
+
+    @classmethod
+    def resuming(cls, folder, world, strategy, resume=2, **settings):
+        """A case that refreshes v at its first step alone; with `resume`, from the checkpoint of that step."""
+        name = f"{strategy} checkpoints"
+        return case(
+            {**XSAM, "eigen_interval": 100},
+            world,
+            strategy=strategy,
+            model="dropout",
+            dtype="float32",
+            folder=str(folder / name),
+            resume=str(folder / name / f"checkpoint-{resume}") if resume else None,
+            arguments={**SAVING, **settings},
+        )
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def uninterrupted(cls, folder):
+        return launch(2, {s: cls.resuming(folder, 2, s, resume=None) for s in ("ddp", "fsdp2")}, folder)[0]
+
+    def test_on_as_many_processes_it_equals_the_uninterrupted_run(self, folder, uninterrupted):
+        cases = {s: self.resuming(folder, 2, s, save_strategy="no") for s in ("ddp", "fsdp2")}
+        resumed, said = launch(2, cases, folder)
+        for strategy, result in resumed.items():
+            assert_close(result["weights"], uninterrupted[strategy]["weights"], 0)
+            assert_close(result["eigenvector"], uninterrupted[strategy]["eigenvector"], 0)
+        assert "bit for bit" not in said
+
+    @pytest.mark.parametrize("processes", [1, 4])
+    def test_on_another_number_it_goes_on_with_the_same_eigenvector(self, folder, uninterrupted, processes):
+        strategies = ("ddp", "fsdp2") if processes > 1 else ("ddp",)
+        cases = {s: self.resuming(folder, processes, s, save_strategy="no") for s in strategies}
+        resumed, said = launch(processes, cases, folder)
+        for strategy, result in resumed.items():
+            assert result["step"] == 4
+            assert_close(result["eigenvector"], uninterrupted[strategy]["eigenvector"], 0)
+            assert_close(result["weights"], uninterrupted[strategy]["weights"], 0.05)
+        assert f"written by 2 processes and {processes} resume it" in said
+
+    def test_each_process_wrote_its_part(self, folder, uninterrupted):
+        sharded, whole = folder / "fsdp2 checkpoints" / "checkpoint-2", folder / "ddp checkpoints" / "checkpoint-2"
+        sizes = [path.stat().st_size for path in sorted(sharded.glob("xsam_eigenvector-*-of-00002.safetensors"))]
+        assert len(sizes) == 2
+        (size,) = [path.stat().st_size for path in whole.glob("xsam_eigenvector*")]
+        assert max(sizes) < 0.75 * size
+
+    def test_a_lost_part_is_refused(self, folder, uninterrupted, tmp_path):
+        shutil.copytree(folder / "fsdp2 checkpoints", tmp_path / "fsdp2 checkpoints")
+        part = tmp_path / "fsdp2 checkpoints" / "checkpoint-2" / "xsam_eigenvector-00001-of-00002.safetensors"
+        part.unlink()
+        arguments, _ = command(2, {"fsdp2": self.resuming(tmp_path, 2, "fsdp2")}, tmp_path)
+        result = subprocess.run(arguments, capture_output=True, text=True, timeout=600)
+        assert result.returncode != 0
+        assert f"{part} is missing or damaged" in result.stderr
+
+    @pytest.mark.parametrize("victims", ["all", "one"])
+    def test_killed(self, tmp_path, victims):
+        def long(world, folder):
+            resume = True if (folder / "checkpoint-2").exists() else None
+            return {"long": {**settings, "folder": str(folder), "resume": resume}}
+
+        settings = case(
+            {**XSAM, "eigen_interval": 2}, 2, model="dropout", dtype="float32",
+            arguments={**SAVING, "num_train_epochs": 10},
+        )  # fmt: skip
+        expected = launch(2, long(2, tmp_path / "whole"), tmp_path)[0]["long"]
+        arguments, output = command(2, long(2, tmp_path / "killed"), tmp_path)
+        output.unlink()
+        process = psutil.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / "killed" / "checkpoint-2").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.Random(victims).uniform(0, 0.5))
+        children = process.children()
+        for victim in [process, *children] if victims == "all" else children[1:]:
+            victim.kill()
+        assert process.wait(120) != 0
+        psutil.wait_procs(children)
+        assert not output.exists()
+        resumed, _ = launch(2, long(2, tmp_path / "killed"), tmp_path)
+        assert_close(resumed["long"]["weights"], expected["weights"], 0)
+        assert_close(resumed["long"]["eigenvector"], expected["eigenvector"], 0)
+        assert resumed["long"]["ranks_agree"]

@@ -67,7 +67,8 @@ class TestKilled:
     """SIGKILL at a random time, in the middle of whatever it was, saving included."""
 
     @pytest.fixture(scope="class")
-    def start(self):
+    @classmethod
+    def start(cls):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.faults"])
 
@@ -81,7 +82,8 @@ class TestKilled:
         return start
 
     @pytest.fixture(scope="class")
-    def duration(self, start, tmp_path_factory):
+    @classmethod
+    def duration(cls, start, tmp_path_factory):
         folder = tmp_path_factory.mktemp("timed")
         began = time.monotonic()
         start(Run.draw(0, scaler=False), folder / "run", folder / "outcome.pt").join()
