@@ -14,6 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+
 
 @dataclass
 class RandomState:
@@ -125,6 +128,13 @@ def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None
         with torch.no_grad():
             for buffer, original in buffers:
                 buffer.copy_(original)
+
+
+def reshard(model: nn.Module) -> None:
+    """Have a model under FSDP2 hold its sharded parameters, where a forward pass alone has left it whole ones."""
+    for module in model.modules():
+        if torch.distributed.is_available() and isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from .replay import (
     evaluating,
     gradients,
     gradients_set_aside,
+    reshard,
     side_effects_undone,
 )
 from .scope import in_scope, trainable_parameters
@@ -206,9 +207,10 @@ class XSAMTrainerMixin(_Trainer):
         Returns:
             The eigenvector by parameter name, jointly of norm 1, and the eigenvalue.
         """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        reshard(model)
         scope = self._eigen_parameters()
         parameters = list(scope.values())
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
         def loss_on(batch: Mapping[str, Any]) -> Tensor:
             loss = self.compute_loss(model, send_to_device(dict(batch), self.args.device))

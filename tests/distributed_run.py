@@ -1,13 +1,14 @@
 """Run by test_distributed.py in each process: trains once for each case of a JSON file; rank 0 saves what came out."""
 
 import json
+import os
 import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType, PartialState
+from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from hf_xsam import XSAMConfig, XSAMTrainerMixin
 from hf_xsam.scope import trainable_parameters
 from hf_xsam.tensors import is_sharded, local
-from tests.helpers import arguments, examples_of, logs_of
+from tests.helpers import arguments, examples_of, logs_of, shard_on_cpu
 from tests.test_lora import adapted
 from tests.test_trainer import bert, sentences
 
@@ -100,12 +101,9 @@ class Observer(TrainerCallback):
 def train(case, folder):
     sharded = case.get("strategy") == "fsdp2"
     AcceleratorState._reset_state(), GradientState._reset_state()
+    os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
     extra = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}} if sharded else {}
     args = arguments(folder, **extra, **case.get("arguments", {}))
-    args.device  # noqa: B018, sets up the processes
-    # Accelerate shards on accelerators alone: let it take the CPU for one.
-    plain = DistributedType.MULTI_CPU if args.world_size > 1 else DistributedType.NO
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU if sharded else plain
     model = MODELS[case.get("model", "bert")]().to(getattr(torch, case.get("dtype", "float64")))
     observer, config = Observer(), case.get("config")
     mine = {} if config is None else {"xsam_config": XSAMConfig(**config)}
@@ -126,6 +124,8 @@ def train(case, folder):
         gathered = trainer.accelerator.gather(torch.cat([part.flatten() for part in result["eigenvector"].values()]))
         parts = gathered.view(trainer.args.world_size, -1)
         result["ranks_agree"] &= bool((parts == parts[0]).all())
+        trainer.evaluate(examples_of(sentences(4)))  # after which FSDP2 holds some parameters whole
+        result["top_eigenvalue"] = trainer.top_eigenpair([sentences(8, seed=2)], iterations=4)[1]
         result["eigenvalue"], result["step"] = trainer.xsam_state.eigenvalue.item(), trainer.xsam_state.step
     return result
 
@@ -133,6 +133,7 @@ def train(case, folder):
 def main():
     cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
     results = {}
+    shard_on_cpu()
     for name, case in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             results[name] = train(case, case.get("folder", folder))

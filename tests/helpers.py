@@ -1,6 +1,10 @@
 """Short runs of a trainer on a tiny model, and their weights."""
 
+import os
+
 import torch
+from accelerate import DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -56,6 +60,20 @@ def run(model, batch, folder, xsam_config=None, trainer_class=None, callbacks=No
 
 def logs_of(trainer):
     return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def shard_on_cpu():
+    """Let Accelerate, which shards on accelerators alone, take the CPU for one where a run asks for FSDP."""
+    set_up = AcceleratorState.__init__
+
+    def set_up_for_sharding(self, *args, **kwargs):
+        state = PartialState._shared_state
+        if state.get("distributed_type") in (DistributedType.MULTI_CPU, DistributedType.MULTI_XPU):
+            sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+            state["distributed_type"] = DistributedType.MULTI_XPU if sharded else DistributedType.MULTI_CPU
+        set_up(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = set_up_for_sharding
 
 
 class WeightRecorder(TrainerCallback):

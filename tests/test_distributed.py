@@ -84,6 +84,7 @@ class TestDistributedDataParallel:
         assert_close(several[name]["weights"], one[name]["weights"], tolerance)
         assert_close(several[name]["eigenvector"], one[name]["eigenvector"], tolerance * 1e3)
         assert several[name]["ranks_agree"]
+        assert several[name]["top_eigenvalue"] == pytest.approx(one[name]["top_eigenvalue"], rel=1e-3)
         for metric in ("xsam/perturbed_loss", "xsam/eigenvalue", "xsam/gradient_norm"):
             assert several[name]["logs"][-1][metric] == pytest.approx(one[name]["logs"][-1][metric], abs=1e-6)
 
@@ -129,6 +130,8 @@ class TestFullyShardedDataParallel:
         double, single = f"{model} float64 ", f"{model} float32 "
         assert_close(sharded[double + "fsdp2"]["weights"], sharded[double + "ddp"]["weights"], 1e-9)
         assert_close(sharded[single + "fsdp2"]["weights"], sharded[single + "ddp"]["weights"], 1e-5)
+        top = sharded[double + "ddp"]["top_eigenvalue"]
+        assert sharded[double + "fsdp2"]["top_eigenvalue"] == pytest.approx(top, rel=1e-6)
 
     def test_double_backward_is_not_tried(self, sharded):
         assert_close(sharded["auto"]["weights"], sharded["bert float64 fsdp2"]["weights"], 0)

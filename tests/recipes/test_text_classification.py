@@ -107,14 +107,18 @@ def test_wrong_columns_and_files_are_named(model_and_data):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_accelerate_launch(model_and_data, hub, processes):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes), "--num_machines", "1"]
+    # With --cpu, accelerate would leave the second process to mpirun; without it, --use_cpu keeps the GPUs out.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu" if processes > 1 else "--cpu"]
+    launch += ["--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command = [sys.executable, *launch, str(RECIPES / "text_classification.py"), *flags(model_and_data)]
-    push = ["--push_to_hub", "--hub_model_id", "tester/reviews", "--hub_token", WRITE_TOKEN]
+    push = ["--push_to_hub", "--hub_model_id", "tester/reviews", "--hub_token", WRITE_TOKEN, "--hub_strategy", "end"]
     environment = os.environ | {"HF_HUB_OFFLINE": "0"}
-    command = [*command, *push, "--max_steps", "4"]
+    command = [*command, *push, "--max_steps", "4", "--save_strategy", "steps", "--save_steps", "4"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
+    states = list((Path(model_and_data["output_dir"]) / "checkpoint-4").glob("rng_state*"))
+    assert len(states) == processes
     assert result.stdout.count("xsam on") == 1
     assert [title for title, _ in hub.repositories["tester/reviews"].commits] == ["End of training"]
     assert {"model.safetensors", "xsam_config.json"} <= hub.repositories["tester/reviews"].files.keys()

@@ -1,0 +1,68 @@
+"""The configurations in recipes/accelerate under `accelerate launch`, on the CPU with two processes."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .test_text_classification import RECIPES, flags, model_and_data  # noqa: F401
+
+LAUNCHED = Path(__file__).parent / "launched.py"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def command(configuration, options, *overrides):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    launch += [str(RECIPES / "accelerate" / f"{configuration}.yaml"), *overrides]
+    settings = {"max_steps": "4", "save_strategy": "steps", "save_steps": "2", "logging_steps": "2"}
+    return [*launch, str(LAUNCHED), str(RECIPES / "text_classification.py"), *flags(options | settings)]
+
+
+def check(options, processes):
+    """Look at the checkpoint of step 2: all processes took part, and X-SAM's state is in it."""
+    checkpoint = Path(options["output_dir"]) / "checkpoint-2"
+    state = json.loads((checkpoint / "xsam_state.json").read_text())
+    assert state["processes"] == processes
+    assert state["refreshed_at"] == 0
+    assert len(list(checkpoint.glob("rng_state*"))) == processes
+    assert (Path(options["output_dir"]) / "model.safetensors").exists()
+    return state
+
+
+@pytest.mark.parametrize(
+    ("configuration", "processes", "parts"), [("single_gpu_bf16", 1, 1), ("multi_gpu", 2, 1), ("fsdp2", 2, 2)]
+)
+def test_one_machine(model_and_data, configuration, processes, parts):  # noqa: F811
+    overrides = ["--num_processes", str(processes), "--main_process_port", "0"]
+    if configuration == "fsdp2":
+        overrides += ["--fsdp_transformer_layer_cls_to_wrap", "BertLayer"]  # as the file says
+        overrides += ["--fsdp_cpu_ram_efficient_loading", "false"]  # which asks for an accelerator
+    result = subprocess.run(
+        command(configuration, model_and_data, *overrides), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert check(model_and_data, processes)["eigenvector_parts"] == parts
+    assert "xsam/eigenvalue" in result.stdout
+    assert "top_eigenvalue" in result.stdout
+
+
+def test_two_machines(model_and_data):  # noqa: F811
+    overrides = ["--num_processes", "2", "--main_process_port", free_port()]
+    nodes = [
+        subprocess.Popen(
+            command("multi_node", model_and_data, *overrides, "--machine_rank", str(rank)),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    check(model_and_data, 2)
