@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -90,13 +90,20 @@ class XSAMTrainerMixin(_Trainer):
             self._xsam_window.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss))
             if self.accelerator.sync_gradients:
                 replay = Replay(super().training_step, self.accelerator, model, self._xsam_window)
-                with side_effects_undone(model, self.args.device):
+                with self._side_effects_undone(model):
                     self._sharpness_aware_gradient(replay)
                 self._xsam_window = []
         except BaseException:
             self._xsam_window = []
             raise
         return loss
+
+    def _side_effects_undone(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Undo what training steps within the block leave behind, so that each step counts once.
+
+        To be extended for trainers that count in their steps, as [`hf_xsam.integrations.trl`] does.
+        """
+        return side_effects_undone(model, self.args.device)
 
     def _sharpness_aware_gradient(self, replay: Replay) -> None:
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
@@ -222,7 +229,7 @@ class XSAMTrainerMixin(_Trainer):
         training = model.training
         model.eval()
         try:
-            with side_effects_undone(model, self.args.device):
+            with self._side_effects_undone(model):
                 product = self._hessian_vector_product(
                     parameters, losses, len(batches) == 1, gradient_here, gradient_is_local=True
                 )
