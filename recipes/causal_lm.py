@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         compute_metrics=perplexity_and_accuracy,
         preprocess_logits_for_metrics=token_losses,
     )
-    return train_and_report(trainer, recipe, splits, "movie reviews", "text-generation")
+    card = {"tasks": "text-generation", "dataset": recipe.dataset_name}
+    return train_and_report(trainer, recipe, xsam, splits, "movie reviews", **card)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from common import (
     SPLIT_SEED,
     RecipeArguments,
@@ -23,6 +22,7 @@ from common import (
     parse_arguments,
     require_columns,
     train_and_report,
+    without_hidden_labels,
 )
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from sklearn.datasets import load_digits
@@ -102,13 +102,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         splits = load_splits(recipe, embedded)
     require_columns(splits, image_column=recipe.image_column)
     names, number_of = label_names(splits, recipe.label_column)
-    splits = limited(splits, recipe)
+    splits = limited(without_hidden_labels(splits, recipe.label_column, number_of), recipe)
 
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if recipe.model_name_or_path:
         processor = AutoImageProcessor.from_pretrained(recipe.model_name_or_path)
         model = AutoModelForImageClassification.from_pretrained(
-            recipe.model_name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
+            recipe.model_name_or_path, dtype="float32", ignore_mismatched_sizes=True, **labels
         )
     else:
         model, processor = small_vit(**labels)
@@ -137,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     # Some of these models' losses are normalized over the whole accumulated batch, some are means over each batch
     # whatever their `forward(**kwargs)` says. The mean, which all of them can give, is right for all.
     trainer.model_accepts_loss_kwargs = False
-    return train_and_report(trainer, recipe, splits, recipe.train_dir or "digits", "image-classification")
+    card = {"tasks": "image-classification", "dataset": recipe.dataset_name}
+    return train_and_report(trainer, recipe, xsam, splits, recipe.train_dir or "digits", **card)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         peft_config=lora_config(recipe),
     )
-    return train_and_report(trainer, recipe, splits, "movie reviews", "text-generation")
+    return train_and_report(trainer, recipe, xsam, splits, "movie reviews", dataset_name=recipe.dataset_name)
 
 
 if __name__ == "__main__":

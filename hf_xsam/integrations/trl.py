@@ -18,7 +18,7 @@ class XSAMTRLTrainerMixin(XSAMTrainerMixin):
     unperturbed weights, however often X-SAM runs it.
     """
 
-    _metrics: dict[str, dict[str, list[Any]]]
+    _metrics: Any
     _total_train_tokens: int
 
     @contextmanager

@@ -6,6 +6,8 @@ import types
 import image_classification
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
@@ -102,6 +104,18 @@ def test_augmentation_is_torchvisions_where_installed(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torchvision.transforms", transforms)
     assert image_classification.augment("crop", processor) == [("crop", (16, 16))]
     assert image_classification.augment("crop_and_flip", processor) == [("crop", (16, 16)), "flip"]
+
+
+def test_a_test_split_without_labels_is_left_out(options, tmp_path):
+    feature = Features({"image": ImageFeature(), "label": ClassLabel(names=["dark", "bright"])})
+    images = [np.full((16, 16), level, np.uint8) for level in (60, 180)] * 10
+    for name, labels in (("train", [0, 1] * 10), ("test", [-1] * 20)):
+        Dataset.from_dict({"image": images, "label": labels}, feature).to_parquet(tmp_path / f"{name}.parquet")
+    files = {f"{name}_file": str(tmp_path / f"{name}.parquet") for name in ("train", "test")}
+    del options["train_dir"]
+    metrics = image_classification.main(flags(options | files | saved("vit", tmp_path / "vit")))
+    assert "eval_accuracy" in metrics
+    assert "test_accuracy" not in metrics
 
 
 def test_the_embedded_default(tmp_path):

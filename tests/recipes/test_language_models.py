@@ -1,13 +1,14 @@
 """The recipes for language models in all three modes, on a tiny model and csv files."""
 
 import csv
+from pathlib import Path
 
 import causal_lm
 import embedded
 import pytest
 import sft
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from ..helpers import save_tiny_language_model
 from .test_text_classification import flags
@@ -92,6 +93,17 @@ def test_sft(model_and_data, mode, options, capsys):
     saved = AutoModelForCausalLM.from_pretrained(model_and_data["model_name_or_path"])
     if options:
         PeftModel.from_pretrained(saved, model_and_data["output_dir"])
+
+
+@pytest.mark.parametrize("recipe", [causal_lm, sft])
+def test_a_pushed_model_has_its_card(model_and_data, recipe, monkeypatch):
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self: None)
+    monkeypatch.setattr(
+        Trainer, "push_to_hub", lambda self, commit_message=None, **card: self.create_model_card(**card)
+    )
+    options = {"push_to_hub": "true", "max_steps": "2", "eigenvalue_samples": "0", "hub_model_id": "somebody/model"}
+    recipe.main(flags(model_and_data | options | {"optimizer_mode": "sam"}))
+    assert (Path(model_and_data["output_dir"]) / "README.md").exists()
 
 
 def test_no_network_is_said(tmp_path, monkeypatch):
