@@ -16,7 +16,7 @@ from trl import (
     SFTTrainer,
 )
 
-from hf_xsam import XSAMConfig, XSAMTrainerMixin
+from hf_xsam import XSAMConfig, XSAMTrainer, XSAMTrainerMixin
 from hf_xsam.integrations.trl import XSAMDPOTrainer, XSAMRewardTrainer, XSAMSFTTrainer
 
 from .helpers import PLAIN, logs_of, save_tiny_language_model, weights_of
@@ -173,6 +173,17 @@ def test_measuring_the_eigenvalue_leaves_the_metrics_alone(model, tmp_path):
     assert trainer.top_eigenpair([batch], iterations=2)[1] != 0
     assert not trainer._metrics["eval"]
     assert not trainer._metrics["train"]
+
+
+def test_the_finite_difference_agrees_with_double_backward(model, tmp_path):
+    """TRL's fused head against the model's own loss, which has a second derivative."""
+    args = settings(SFTConfig, tmp_path, eval_strategy="no")
+    trainer = XSAMSFTTrainer(model=model, args=args, train_dataset=TEXT)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    exact = XSAMTrainer(model=trainer.model, args=trainer.args, xsam_config=XSAMConfig(hvp="exact"))
+    ours, theirs = (kind.top_eigenpair([batch], iterations=30)[1] for kind in (trainer, exact))
+    assert trainer._xsam_hvp_method == "finite_difference"
+    assert ours == pytest.approx(theirs, rel=0.02)
 
 
 def test_the_plain_mixin_is_refused(model, tmp_path):

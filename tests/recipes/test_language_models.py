@@ -97,10 +97,11 @@ def test_sft(model_and_data, mode, options, capsys):
 
 @pytest.mark.parametrize("recipe", [causal_lm, sft])
 def test_a_pushed_model_has_its_card(model_and_data, recipe, monkeypatch):
+    def push(trainer, commit_message=None, revision=None, **card):
+        trainer.create_model_card(**card)
+
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self: None)
-    monkeypatch.setattr(
-        Trainer, "push_to_hub", lambda self, commit_message=None, **card: self.create_model_card(**card)
-    )
+    monkeypatch.setattr(Trainer, "push_to_hub", push)
     options = {"push_to_hub": "true", "max_steps": "2", "eigenvalue_samples": "0", "hub_model_id": "somebody/model"}
     recipe.main(flags(model_and_data | options | {"optimizer_mode": "sam"}))
     assert (Path(model_and_data["output_dir"]) / "README.md").exists()
