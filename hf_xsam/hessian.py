@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -76,7 +77,8 @@ def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor]) -> str:
     if any(is_sharded(parameter) for parameter in parameters):
         obstacle: str | None = "sharded parameters have no second derivative"
     else:
-        obstacle = double_backward_obstacle(next(loss.terms()), parameters, trust_python_functions=asked == "exact")
+        with twice_differentiable_attention():  # which gradient checkpointing calls again in the backward pass
+            obstacle = double_backward_obstacle(next(loss.terms()), parameters, trust_python_functions=asked == "exact")
     if obstacle and asked == "exact":
         raise RuntimeError(
             f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle} "
@@ -105,15 +107,19 @@ def hessian_vector_product(
         gradient: what `loss.gradient(parameters)` gives at the weights as they stand, where it is known already.
     """
     if method == "exact":
-        scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
+        attention = twice_differentiable_attention
+        with attention():
+            scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
     else:
+        attention = nullcontext
         known = loss.gradient(parameters) if gradient is None else gradient
         step = finite_difference_step(parameters, coarsest_dtype(accelerator, parameters))
         scaled = finite_difference_hessian_vector_product(lambda: loss.gradient(parameters), parameters, known, step)
     reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
-        result = scale(1 / loss_scale(accelerator), scaled(vector))
+        with attention():
+            result = scale(1 / loss_scale(accelerator), scaled(vector))
         return accelerator.reduce(result, reduction="mean") if reduce else result
 
     return product

@@ -15,6 +15,9 @@ STEPS_INSIDE_BACKWARD = ("Lomo", "AdaLomo")
 FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration"
 INSTEAD_OF_DEEPSPEED = f"To shard the model use FSDP2 ({FSDP2}); else DistributedDataParallel."
 
+# Those whose loss is a function of weights and batch alone.
+TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
+
 
 def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
     """Raise where X-SAM would not do what it says under this trainer's arguments.
@@ -63,6 +66,25 @@ def _refuse_under_fsdp(trainer: "Trainer", config: "XSAMConfig") -> None:
         raise ValueError(
             "XSAMConfig.ascent is 'local', but under FSDP a process has no whole gradient of its own. "
             "Use ascent='global', or DistributedDataParallel."
+        )
+    _refuse_unsupported_trl(trainer)
+
+
+def _refuse_unsupported_trl(trainer: "Trainer") -> None:
+    classes = type(trainer).__mro__
+    method = next((kind for kind in classes if kind.__module__.split(".")[0] == "trl"), None)
+    if method is None:
+        return
+    if method.__name__ not in TRL_TRAINERS:
+        raise ValueError(
+            f"X-SAM does not support TRL's {method.__name__}, only {', '.join(TRL_TRAINERS)}: it runs a step several "
+            "times on the same data, and a step that generates its data, or updates a state, is not the same twice."
+        )
+    if not any(kind.__module__ == "hf_xsam.integrations.trl" for kind in classes):
+        raise ValueError(
+            f"TRL's {method.__name__} counts tokens and metrics in its loss, and X-SAM would have them counted several "
+            f"times a step. Use XSAM{method.__name__} of hf_xsam.integrations.trl, or for a subclass of yours its "
+            "XSAMTRLTrainerMixin in place of XSAMTrainerMixin."
         )
 
 

@@ -1,7 +1,7 @@
 """X-SAM for any `Trainer`: each optimizer step's gradient is replaced by X-SAM's."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -90,7 +90,7 @@ class XSAMTrainerMixin(_Trainer):
             self._xsam_window.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss))
             if self.accelerator.sync_gradients:
                 replay = Replay(super().training_step, self.accelerator, model, self._xsam_window)
-                with side_effects_undone(model, self.args.device):
+                with self._side_effects_undone(model):
                     self._sharpness_aware_gradient(replay)
                 self._xsam_window = []
         except BaseException:
@@ -98,6 +98,13 @@ class XSAMTrainerMixin(_Trainer):
             model.zero_grad()
             raise
         return loss
+
+    def _side_effects_undone(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Undo what training steps within the block leave behind, so that each step counts once.
+
+        To be extended for trainers that count in their steps, as [`hf_xsam.integrations.trl`] does.
+        """
+        return side_effects_undone(model, self.args.device)
 
     def _sharpness_aware_gradient(self, replay: Replay) -> None:
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
@@ -217,7 +224,7 @@ class XSAMTrainerMixin(_Trainer):
             assert isinstance(loss, Tensor)  # a tuple only with return_outputs
             return loss
 
-        with evaluating(model), side_effects_undone(model, self.args.device), gradients_set_aside(model):
+        with evaluating(model), self._side_effects_undone(model), gradients_set_aside(model):
             batch_losses = [partial(loss_on, batch) for batch in batches]
             loss = mean_loss(self.accelerator, model, batch_losses, sharded=is_sharded(parameters[0]))
             product = self._hessian_vector_product(loss, parameters)

@@ -1,17 +1,22 @@
-"""What the recipes share: their arguments, the trainer for a mode, and the closing table."""
+"""What the recipes share: their arguments, the data, the trainer for a mode, and the closing table."""
 
+import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from datasets import ClassLabel, DatasetDict, load_dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, Trainer
 
 from hf_xsam import XSAMConfig, XSAMTrainer
+
+SPLIT_SEED = 0  # apart from the run's seed, so that every run holds out the same examples
+NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 
 
 @dataclass
@@ -53,32 +58,134 @@ def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None = None)
     return parser.parse_args_into_dataclasses(arguments)
 
 
-def make_trainer(mode: str, xsam_config: XSAMConfig, **settings: Any) -> Trainer:
-    """Return the trainer of `--optimizer_mode`: stock, SAM or X-SAM."""
-    if mode == "trainer":
-        return Trainer(**settings)
-    return XSAMTrainer(xsam_config=replace(xsam_config, alpha=0.0) if mode == "sam" else xsam_config, **settings)
+def load_splits(recipe: RecipeArguments, embedded: Callable[[], DatasetDict]) -> DatasetDict:
+    """Load the data set named, the local files, or the embedded data, with a validation split in any case."""
+    if recipe.dataset_name:
+        splits = load_dataset(recipe.dataset_name, recipe.dataset_config_name)
+    elif recipe.train_file:
+        named = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
+        files = {split: file for split, file in named.items() if file}
+        kind = Path(recipe.train_file).suffix.lstrip(".").replace("jsonl", "json")
+        if kind not in ("csv", "json", "parquet"):
+            raise ValueError(f"train_file is {recipe.train_file!r}; it must end in .csv, .json, .jsonl or .parquet.")
+        splits = load_dataset(kind, data_files=files)
+    else:
+        splits = embedded()
+    if "validation" not in splits:
+        halves = splits["train"].train_test_split(test_size=0.1, seed=SPLIT_SEED)
+        splits["train"], splits["validation"] = halves["train"], halves["test"]
+    return DatasetDict({name: splits[name] for name in ("train", "validation", "test") if name in splits})
 
 
-def top_eigenvalue(trainer: Trainer, count: int) -> float:
+def limited(splits: DatasetDict, recipe: RecipeArguments) -> DatasetDict:
+    """Return a random choice of each split, of `max_train_samples` and `max_eval_samples` at most."""
+    chosen = {}
+    for name, split in splits.items():
+        limit = (recipe.max_train_samples if name == "train" else recipe.max_eval_samples) or len(split)
+        chosen[name] = split.shuffle(seed=SPLIT_SEED).select(range(min(limit, len(split))))
+    return DatasetDict(chosen)
+
+
+def require_columns(splits: DatasetDict, **columns: str) -> None:
+    """Raise a ValueError where the training data lacks a column; `columns` maps options to their values."""
+    present = splits["train"].column_names
+    for option, column in columns.items():
+        if column not in present:
+            raise ValueError(f"{option} is {column!r}; the data has {', '.join(present)}.")
+
+
+def label_names(splits: DatasetDict, column: str) -> tuple[list[str], dict]:
+    """Return the classes' names, and the number of each value of the label column."""
+    require_columns(splits, label_column=column)
+    feature = splits["train"].features[column]
+    if isinstance(feature, ClassLabel):
+        return feature.names, {number: number for number in range(feature.num_classes)}
+    values = sorted(splits["train"].unique(column))
+    return [str(value) for value in values], {value: number for number, value in enumerate(values)}
+
+
+def without_hidden_labels(splits: DatasetDict, column: str, number_of: dict) -> DatasetDict:
+    """Leave out a test split with values that no class has: the hub's benchmarks keep its labels to themselves."""
+    if "test" in splits and not number_of.keys() >= set(splits["test"].unique(column)):
+        return DatasetDict({name: split for name, split in splits.items() if name != "test"})
+    return splits
+
+
+def make_trainer(
+    recipe: RecipeArguments,
+    xsam_config: XSAMConfig,
+    classes: tuple[type[Trainer], type[Trainer]] = (Trainer, XSAMTrainer),
+    **settings: Any,
+) -> Trainer:
+    """Return the trainer of `--optimizer_mode`: of `classes`, the stock one, or X-SAM's as SAM or X-SAM."""
+    stock, ours = classes
+    if recipe.optimizer_mode == "trainer":
+        return stock(**settings)
+    sam = recipe.optimizer_mode == "sam"
+    return ours(xsam_config=replace(xsam_config, alpha=0.0) if sam else xsam_config, **settings)
+
+
+def train_and_report(
+    trainer: Trainer, recipe: RecipeArguments, xsam_config: XSAMConfig, splits: DatasetDict, data: str, **card: Any
+) -> dict[str, float]:
+    """Train, evaluate on each split, save, print the closing table, push to the hub if asked; return the metrics.
+
+    `data` names the data of a run without a data set or file of the user's; `card` is what the trainer's model card
+    takes.
+    """
+    trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    metrics = {"train_loss": trained["train_loss"], "train_runtime": trained["train_runtime"]}
+    metrics["peak_memory_gib"] = peak_memory_gib()
+    for split, prefix in (("validation", "eval"), ("test", "test")):
+        if split in splits:
+            for name, value in trainer.evaluate(splits[split], metric_key_prefix=prefix).items():
+                if not name.endswith(NOT_RESULTS):
+                    # TRL's own metrics are called eval_... whatever the prefix.
+                    metrics[f"{prefix}_{name.removeprefix(f'{prefix}_').removeprefix('eval_')}"] = value
+    if recipe.eigenvalue_samples:
+        metrics["top_eigenvalue"] = top_eigenvalue(trainer, recipe.eigenvalue_samples, xsam_config.hvp)
+
+    trainer.save_state()
+    trainer.save_metrics("all", metrics)
+    if trainer.args.push_to_hub:  # which saves the model first
+        trainer.push_to_hub(**card)
+    else:
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        title = f"{recipe.optimizer_mode} on {recipe.dataset_name or recipe.train_file or data}"
+        print_table(title, trainer, metrics)
+    return metrics
+
+
+def peak_memory_gib() -> float:
+    """Return the most main memory that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def top_eigenvalue(trainer: Trainer, count: int, hvp: str) -> float:
     """Return the top eigenvalue of the loss over the first `count` training examples, whatever trained the model."""
-    measuring = XSAMTrainer(model=trainer.model, args=replace(trainer.args, report_to="none", push_to_hub=False))
+    args = replace(trainer.args, report_to="none", push_to_hub=False)
+    measuring = XSAMTrainer(model=trainer.model, args=args, xsam_config=XSAMConfig(hvp=hvp))
     measuring.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(count, len(trainer.train_dataset)))])
-    return measuring.top_eigenpair([batch], iterations=10)[1]
+    examples = [trainer.train_dataset[i] for i in range(min(count, len(trainer.train_dataset)))]
+    size = min(trainer.args.per_device_train_batch_size, len(examples))
+    whole = len(examples) - len(examples) % size  # equal batches, so that the mean of their means is the mean
+    batches = [trainer.data_collator(examples[start : start + size]) for start in range(0, whole, size)]
+    return measuring.top_eigenpair(batches, iterations=10)[1]
 
 
-def card_facts(recipe: RecipeArguments, task: str, default_model: str, default_data: str) -> dict[str, Any]:
+def card_facts(recipe: RecipeArguments, task: str, default_model: str | None, default_data: str) -> dict[str, Any]:
     """Return what `push_to_hub` is to say of task, model and data on the card.
 
     Args:
         recipe: names the model and the data, or neither.
         task: the hub's name for the task.
-        default_model: hub name of the model that the recipe takes when none is given.
+        default_model: hub name of the model that the recipe takes when none is given; None for one from scratch.
         default_data: what to call the data that it takes then.
     """
     facts: dict[str, Any] = {"tasks": task}
-    if recipe.model_name_or_path is None:
+    if recipe.model_name_or_path is None and default_model is not None:
         facts["finetuned_from"] = default_model
     if recipe.dataset_name:
         facts |= {"dataset_tags": recipe.dataset_name, "dataset_args": recipe.dataset_config_name}

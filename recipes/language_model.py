@@ -1,0 +1,60 @@
+"""What the recipes for language models share: LoRA's arguments, the model, and the movie reviews as prompts."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common import SPLIT_SEED, RecipeArguments
+from datasets import DatasetDict
+from embedded import smollm2_folder
+from movie_reviews import load_movie_reviews
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class LanguageModelArguments(RecipeArguments):
+    """Finetune all weights, or LoRA's factors of some."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32",
+        metadata={"help": "Precision of the weights; --bf16 has float32 weights compute in bfloat16."},
+    )
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA's factors and freeze the weights."})
+    lora_r: int = field(default=16, metadata={"help": "LoRA's rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale: the factors' product is times alpha / r."})
+    lora_target_modules: str = field(
+        default="all-linear",
+        metadata={"help": "Modules that LoRA adapts: 'all-linear', or a regular expression on whole names."},
+    )
+
+
+def load_model(recipe: LanguageModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the model named, or SmolLM2, and its tokenizer, which then can pad."""
+    name = recipe.model_name_or_path or smollm2_folder()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return AutoModelForCausalLM.from_pretrained(name, dtype=recipe.dtype), tokenizer
+
+
+def lora_config(recipe: LanguageModelArguments) -> LoraConfig | None:
+    """Return LoRA's settings, None for full finetuning."""
+    if not recipe.use_peft:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        target_modules=recipe.lora_target_modules,
+    )
+
+
+def movie_prompts() -> DatasetDict:
+    """Return the movie reviews with columns text, and prompt and completion that ask for and give the sentiment."""
+    splits = load_movie_reviews(SPLIT_SEED)
+    names = splits["train"].features["label"].names
+
+    def as_prompt(row: dict) -> dict:
+        return {"prompt": f"Review: {row['text']}\nSentiment:", "completion": f" {names[row['label']]}"}
+
+    return splits.map(as_prompt, remove_columns="label")
