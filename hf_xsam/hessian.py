@@ -81,7 +81,7 @@ def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor]) -> str:
             obstacle = double_backward_obstacle(next(loss.terms()), parameters, trust_python_functions=asked == "exact")
     if obstacle and asked == "exact":
         raise RuntimeError(
-            f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle} "
+            f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
             "Use hvp='finite_difference' or hvp='auto'."
         )
     method = "finite_difference" if obstacle else "exact"

@@ -49,8 +49,16 @@ def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
             "X-SAM does not support models that from_pretrained sharded (distributed_config, tp_plan). Load the model "
             f"whole and let the Trainer shard it: {FSDP2}."
         )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    for dimension in ("tp", "cp", "sp"):
+        if getattr(parallelism, f"{dimension}_size", 1) > 1:
+            raise ValueError(
+                f"X-SAM does not support {dimension}_size > 1 in parallelism_config (tensor, context and sequence "
+                f"parallelism). Use data parallelism alone: dp_shard_size and dp_replicate_size, or {FSDP2}."
+            )
     if trainer.is_fsdp_enabled:
         _refuse_under_fsdp(trainer, config)
+    _refuse_unsupported_trl(trainer)
 
 
 def _refuse_under_fsdp(trainer: "Trainer", config: "XSAMConfig") -> None:
@@ -67,7 +75,6 @@ def _refuse_under_fsdp(trainer: "Trainer", config: "XSAMConfig") -> None:
             "XSAMConfig.ascent is 'local', but under FSDP a process has no whole gradient of its own. "
             "Use ascent='global', or DistributedDataParallel."
         )
-    _refuse_unsupported_trl(trainer)
 
 
 def _refuse_unsupported_trl(trainer: "Trainer") -> None:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import ParallelismConfig, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -103,6 +103,8 @@ def train(case, folder):
     AcceleratorState._reset_state(), GradientState._reset_state()
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
     extra = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["BertLayer"]}} if sharded else {}
+    if "mesh" in case:
+        extra["parallelism_config"] = ParallelismConfig(**case["mesh"])
     args = arguments(folder, **extra, **case.get("arguments", {}))
     model = MODELS[case.get("model", "bert")]().to(getattr(torch, case.get("dtype", "float64")))
     observer, config = Observer(), case.get("config")

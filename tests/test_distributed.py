@@ -67,8 +67,11 @@ def one(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[2, 4])
 def several(request, tmp_path_factory):
-    world = request.param
-    return launch(world, ddp_cases(world), tmp_path_factory.mktemp("several"))[0]
+    world, cases = request.param, ddp_cases(request.param)
+    if world == 4:
+        mesh = {"dp_replicate_size": 2, "dp_shard_size": 2}
+        cases["hybrid"] = {**cases["finite_difference"], "strategy": "fsdp2", "mesh": mesh}
+    return launch(world, cases, tmp_path_factory.mktemp("several"))[0]
 
 
 def assert_close(actual, expected, tolerance):
@@ -108,6 +111,13 @@ class TestDistributedDataParallel:
         assert steps == 8
         assert several["global SAM"]["all_reduces"] % (2 * steps) == 0
         assert several["local SAM"]["all_reduces"] * 2 == several["global SAM"]["all_reduces"]
+
+
+@pytest.mark.parametrize("several", [4], indirect=True)
+def test_two_replicas_of_two_shards_equal_distributed_data_parallel(several):
+    assert_close(several["hybrid"]["weights"], several["finite_difference"]["weights"], 1e-9)
+    size = sum(part.numel() for part in several["hybrid"]["eigenvector"].values())
+    assert several["hybrid"]["held"] == pytest.approx(size / 2, rel=0.05)
 
 
 @pytest.fixture(scope="module")

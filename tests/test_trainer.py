@@ -2,6 +2,7 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ class TestAccumulation:
 
 class TestRestore:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+    @pytest.mark.parametrize("hvp", ["auto", "finite_difference"])
     def test_weights_come_back_bit_for_bit(self, tmp_path, dtype, hvp):
         recorder = WeightRecorder()
         config = XSAMConfig(rho=0.5, hvp=hvp, eigen_interval=1)
@@ -428,18 +429,58 @@ class TestRefusals:
         with pytest.raises(ValueError, match="DataParallel.*2 GPUs.*accelerate launch"):
             XSAMTrainer(model=bert(), args=args)
 
-    @pytest.mark.parametrize(("flag", "name"), [("is_deepspeed_enabled", "DeepSpeed"), ("is_fsdp_enabled", "FSDP")])
-    def test_sharded_training_for_now(self, tmp_path, flag, name):
+    @pytest.mark.parametrize(
+        ("attribute", "value", "message"),
+        [
+            ("is_deepspeed_enabled", True, "does not support DeepSpeed.*steps inside the backward pass.*FSDP2"),
+            ("is_distributed_loading_by_transformers", True, "from_pretrained sharded.*let the Trainer shard it"),
+        ],
+    )
+    def test_sharding_by_others(self, tmp_path, attribute, value, message):
         class Sharded(Trainer):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
-                setattr(self, flag, True)
+                setattr(self, attribute, value)
 
         class ShardedXSAM(XSAMTrainerMixin, Sharded):
             pass
 
-        with pytest.raises(ValueError, match=f"does not support {name} yet.*accelerate launch --multi_gpu"):
+        with pytest.raises(ValueError, match=message):
             ShardedXSAM(model=bert(), args=arguments(tmp_path))
+
+    @pytest.mark.parametrize(
+        ("version", "config", "message"),
+        [
+            (1, {}, "does not support FSDP1.*fsdp_config={'version': 2}"),
+            (2, {"hvp": "exact"}, "hvp is 'exact'.*finite_difference"),
+            (2, {"ascent": "local"}, "ascent is 'local'.*ascent='global'"),
+        ],
+    )
+    def test_under_fsdp(self, tmp_path, version, config, message):
+        class Sharded(Trainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.is_fsdp_enabled = True
+                self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=version)
+
+        class ShardedXSAM(XSAMTrainerMixin, Sharded):
+            pass
+
+        with pytest.raises(ValueError, match=message):
+            ShardedXSAM(model=bert(), args=arguments(tmp_path), xsam_config=XSAMConfig(**config))
+
+    @pytest.mark.parametrize("dimension", ["tp_size", "cp_size", "sp_size"])
+    def test_other_parallelism_than_of_data(self, tmp_path, dimension):
+        class Parallel(Trainer):
+            def create_accelerator_and_postprocess(self):
+                super().create_accelerator_and_postprocess()
+                self.accelerator.state.parallelism_config = SimpleNamespace(sp_backend=None, **{dimension: 2})
+
+        class ParallelXSAM(XSAMTrainerMixin, Parallel):
+            pass
+
+        with pytest.raises(ValueError, match=f"does not support {dimension} > 1.*dp_shard_size"):
+            ParallelXSAM(model=bert(), args=arguments(tmp_path))
 
     def test_sparse_gradients(self, tmp_path):
         class Sparse(nn.Module):
