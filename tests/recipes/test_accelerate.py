@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from .test_text_classification import RECIPES, flags, model_and_data  # noqa: F401
+from . import test_language_models, test_text_classification
+from .test_text_classification import RECIPES, flags
+
+texts = test_text_classification.model_and_data
+language = test_language_models.model_and_data
 
 LAUNCHED = Path(__file__).parent / "launched.py"
 
@@ -19,11 +24,11 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
-def command(configuration, options, *overrides):
+def command(configuration, options, *overrides, recipe="text_classification"):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     launch += [str(RECIPES / "accelerate" / f"{configuration}.yaml"), *overrides]
     settings = {"max_steps": "4", "save_strategy": "steps", "save_steps": "2", "logging_steps": "2"}
-    return [*launch, str(LAUNCHED), str(RECIPES / "text_classification.py"), *flags(options | settings)]
+    return [*launch, str(LAUNCHED), str(RECIPES / f"{recipe}.py"), *flags(options | settings)]
 
 
 def check(options, processes):
@@ -33,36 +38,48 @@ def check(options, processes):
     assert state["processes"] == processes
     assert state["refreshed_at"] == 0
     assert len(list(checkpoint.glob("rng_state*"))) == processes
-    assert (Path(options["output_dir"]) / "model.safetensors").exists()
     return state
 
 
 @pytest.mark.parametrize(
     ("configuration", "processes", "parts"), [("single_gpu_bf16", 1, 1), ("multi_gpu", 2, 1), ("fsdp2", 2, 2)]
 )
-def test_one_machine(model_and_data, configuration, processes, parts):  # noqa: F811
+def test_one_machine(texts, configuration, processes, parts):
     overrides = ["--num_processes", str(processes), "--main_process_port", "0"]
     if configuration == "fsdp2":
         overrides += ["--fsdp_transformer_layer_cls_to_wrap", "BertLayer"]  # as the file says
         overrides += ["--fsdp_cpu_ram_efficient_loading", "false"]  # which asks for an accelerator
-    result = subprocess.run(
-        command(configuration, model_and_data, *overrides), capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run(command(configuration, texts, *overrides), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert check(model_and_data, processes)["eigenvector_parts"] == parts
+    assert check(texts, processes)["eigenvector_parts"] == parts
+    assert (Path(texts["output_dir"]) / "model.safetensors").exists()
     assert "xsam/eigenvalue" in result.stdout
     assert "top_eigenvalue" in result.stdout
 
 
-def test_two_machines(model_and_data):  # noqa: F811
+def test_two_machines(texts):
     overrides = ["--num_processes", "2", "--main_process_port", free_port()]
     nodes = [
         subprocess.Popen(
-            command("multi_node", model_and_data, *overrides, "--machine_rank", str(rank)),
+            command("multi_node", texts, *overrides, "--machine_rank", str(rank)),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
     said = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    check(model_and_data, 2)
+    check(texts, 2)
+
+
+def test_adapters(language):
+    overrides = ["--num_processes", "2", "--main_process_port", "0"]
+    options = language | test_language_models.LORA
+    result = subprocess.run(
+        command("fsdp2_lora", options, *overrides, recipe="causal_lm"), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert check(options, 2)["eigenvector_parts"] == 2
+    checkpoint = Path(options["output_dir"]) / "checkpoint-2"
+    parts = [load_file(path) for path in checkpoint.glob("xsam_eigenvector-*")]
+    assert all("lora_" in name for part in parts for name in part)
+    assert (Path(options["output_dir"]) / "adapter_model.safetensors").exists()
