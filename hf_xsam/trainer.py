@@ -31,7 +31,7 @@ from .replay import (
     reshard,
     side_effects_undone,
 )
-from .scope import in_scope, trainable_parameters
+from .scope import parameters_in_scope, trainable_parameters
 from .state import XSAMState
 from .support import refuse_unsupported
 from .tensors import is_sharded, norm, scale
@@ -71,7 +71,7 @@ class XSAMTrainerMixin(_Trainer):
         self._xsam_metrics, self._xsam_advice = RunningMeans(), Advice(self.xsam_config)
         self._xsam_hvp_method: str | None = None  # chosen at the first product, which shows what the model allows
         refuse_unsupported(self, self.xsam_config)
-        self._eigen_parameters()  # an eigen_scope that matches nothing is refused now
+        self._perturbed_parameters(), self._eigen_parameters()  # a scope that matches nothing is refused now
         if self.args.push_to_hub:
             self.add_callback(PushCallback(self))
 
@@ -103,11 +103,11 @@ class XSAMTrainerMixin(_Trainer):
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
         config, step = self.xsam_config, self.state.global_step
         parameters = {name: p for name, p in self._trainable_parameters().items() if p.grad is not None}
-        weights = list(parameters.values())
+        weights = list(self._perturbed_parameters().values())
         gradient = gradients(weights)
         unscaled, rho = 1 / loss_scale(self.accelerator), config.rho_at(step)
         loss = torch.stack([micro_batch.loss for micro_batch in replay.micro_batches]).sum()
-        metrics = {"gradient_norm": norm(gradient) * unscaled}
+        metrics = {"gradient_norm": norm(gradients(list(parameters.values()))) * unscaled}
 
         refreshed = not config.refreshes_at(step, self.xsam_state.refreshed_at) or self._refresh_eigenvector(replay)
         with perturbed(weights, ascent_perturbation(weights, gradient, rho, config.adaptive)) as realised:
@@ -282,8 +282,15 @@ class XSAMTrainerMixin(_Trainer):
     def _trainable_parameters(self) -> dict[str, nn.Parameter]:
         return trainable_parameters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
+    def _perturbed_parameters(self) -> dict[str, nn.Parameter]:
+        return self._parameters_in("perturb_scope")
+
     def _eigen_parameters(self) -> dict[str, nn.Parameter]:
-        return in_scope(self._trainable_parameters(), self.xsam_config.eigen_scope)
+        return self._parameters_in("eigen_scope")
+
+    def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return parameters_in_scope(model, getattr(self.xsam_config, field), field)
 
     # The Trainer's own methods, without which its checkpoints would lack X-SAM's state. They are called on every
     # process, before the checkpoint's last file is written, and once the model and its optimizer are loaded.
