@@ -15,7 +15,8 @@ from .eigenvector import (
 )
 from .precision import coarsest_dtype, loss_scale
 from .replay import gradients, twice_differentiable_attention
-from .support import double_backward_obstacle
+from .scope import others_frozen
+from .support import double_backward_obstacle, untrusted_operation
 from .tensors import is_sharded, scale
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,14 @@ def mean_loss(
     return Loss(terms, gradient, gradient_is_local=not sharded, single_term=len(batch_losses) == 1)
 
 
-def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor]) -> str:
+def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor], model: nn.Module) -> str:
     """Return "exact" or "finite_difference": what is `asked`, or for "auto" exact where the model allows it.
+
+    Args:
+        asked: `XSAMConfig.hvp`.
+        loss: any loss of `model`.
+        parameters: what products are taken with respect to.
+        model: as it is called for `loss.terms`.
 
     Raises:
         RuntimeError: where "exact" is asked for and the model has no second derivative.
@@ -76,7 +83,11 @@ def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor]) -> str:
     if any(is_sharded(parameter) for parameter in parameters):
         obstacle: str | None = "sharded parameters have no second derivative"
     else:
-        obstacle = double_backward_obstacle(next(loss.terms()), parameters, trust_python_functions=asked == "exact")
+        # With nothing frozen: operations whose input takes no gradient do not show in the graph.
+        obstacle = untrusted_operation(next(loss.terms()), trust_python_functions=asked == "exact")
+        if obstacle is None:
+            with others_frozen(model, parameters):
+                obstacle = double_backward_obstacle(next(loss.terms()), parameters)
     if obstacle and asked == "exact":
         raise RuntimeError(
             f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle} "
@@ -93,6 +104,7 @@ def hessian_vector_product(
     method: str,
     loss: Loss,
     parameters: Sequence[Tensor],
+    model: nn.Module,
     gradient: Sequence[Tensor] | None = None,
 ) -> HessianVectorProduct:
     """Return v -> H v of the unscaled mean over the processes of `loss`.
@@ -102,13 +114,14 @@ def hessian_vector_product(
         method: "exact" or "finite_difference".
         loss: L, the same number of terms on each process.
         parameters: what H is taken with respect to.
+        model: whose loss it is.
         gradient: what `loss.gradient(parameters)` gives at the weights as they stand, where it is known already.
     """
     if method == "exact":
         scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
     else:
         known = loss.gradient(parameters) if gradient is None else gradient
-        step = finite_difference_step(parameters, coarsest_dtype(accelerator, parameters))
+        step = finite_difference_step(parameters, coarsest_dtype(accelerator, model))
         scaled = finite_difference_hessian_vector_product(lambda: loss.gradient(parameters), parameters, known, step)
     reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
 

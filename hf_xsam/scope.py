@@ -1,9 +1,10 @@
 """Which parameters X-SAM's vectors span."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 # LoRA's parameters by PEFT's names, DoRA's, AdaLoRA's and their kin's among them: lora_A, lora_B, lora_embedding_A,
 # lora_magnitude_vector, ... What PEFT trains beside its adapters is none of them, whatever the adapter is called.
@@ -43,6 +44,24 @@ def parameters_in_scope(model: nn.Module, scope: str, field: str) -> dict[str, n
             f"parameter's name, such as {next(iter(parameters), None)!r}."
         )
     return chosen
+
+
+@contextmanager
+def others_frozen(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block, have no parameter of `model` but `parameters` take gradients.
+
+    A second derivative's graph then holds only what theirs needs. It must be used within the block, for checkpointed
+    layers are computed again at that time, and must give the same graph.
+    """
+    chosen = {id(parameter) for parameter in parameters}
+    others = [p for p in trainable_parameters(model).values() if id(p) not in chosen]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 def _normalization_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

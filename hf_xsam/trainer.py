@@ -1,7 +1,7 @@
 """X-SAM for any `Trainer`: each optimizer step's gradient is replaced by X-SAM's."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from .replay import (
     reshard,
     side_effects_undone,
 )
-from .scope import parameters_in_scope, trainable_parameters
+from .scope import others_frozen, parameters_in_scope, trainable_parameters
 from .state import XSAMState
 from .support import refuse_unsupported
 from .tensors import is_sharded, norm, scale
@@ -155,9 +155,9 @@ class XSAMTrainerMixin(_Trainer):
             gradient_is_local=local,
             single_term=len(replay.micro_batches) == 1,
         )
-        product = self._hessian_vector_product(loss, parameters, gradient)
         start = state.warm_start(scope) or random_unit_vector(parameters, self.args.seed)
-        estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift)
+        with self._hessian_vector_product(loss, parameters, gradient) as product:
+            estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift)
         if not estimate.is_finite():
             return False
         state.eigenvector = dict(zip(scope, estimate.vector, strict=True))
@@ -165,12 +165,17 @@ class XSAMTrainerMixin(_Trainer):
         state.refreshed_at = self.state.global_step
         return True
 
+    @contextmanager
     def _hessian_vector_product(
         self, loss: Loss, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None = None
-    ) -> HessianVectorProduct:
+    ) -> Iterator[HessianVectorProduct]:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self._xsam_hvp_method is None:
-            self._xsam_hvp_method = choose_method(self.xsam_config.hvp, loss, parameters)
-        return hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, gradient)
+            self._xsam_hvp_method = choose_method(self.xsam_config.hvp, loss, parameters, model)
+        # DDP and FSDP wait for all gradients in the backward passes of a finite difference.
+        alone = others_frozen(model, parameters) if self._xsam_hvp_method == "exact" else nullcontext()
+        with alone:
+            yield hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, model, gradient)
 
     def _all_finite(self, metrics: Mapping[str, Tensor]) -> bool:
         """Return whether all of `metrics` are finite, on every process: they skip a step together."""
@@ -220,9 +225,9 @@ class XSAMTrainerMixin(_Trainer):
         with evaluating(model), side_effects_undone(model, self.args.device), gradients_set_aside(model):
             batch_losses = [partial(loss_on, batch) for batch in batches]
             loss = mean_loss(self.accelerator, model, batch_losses, sharded=is_sharded(parameters[0]))
-            product = self._hessian_vector_product(loss, parameters)
             start = random_unit_vector(parameters, self.args.seed)
-            estimate = power_iteration(product, start, iterations)
+            with self._hessian_vector_product(loss, parameters) as product:
+                estimate = power_iteration(product, start, iterations)
         return dict(zip(scope, estimate.vector, strict=True)), estimate.value.item()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
