@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -73,7 +74,7 @@ def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor], model: n
         asked: `XSAMConfig.hvp`.
         loss: any loss of `model`.
         parameters: what products are taken with respect to.
-        model: as it is called for `loss.terms`.
+        model: that one, without wrappers.
 
     Raises:
         RuntimeError: where "exact" is asked for and the model has no second derivative.
@@ -99,6 +100,7 @@ def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor], model: n
     return method
 
 
+@contextmanager
 def hessian_vector_product(
     accelerator: Accelerator,
     method: str,
@@ -106,27 +108,30 @@ def hessian_vector_product(
     parameters: Sequence[Tensor],
     model: nn.Module,
     gradient: Sequence[Tensor] | None = None,
-) -> HessianVectorProduct:
-    """Return v -> H v of the unscaled mean over the processes of `loss`.
+) -> Iterator[HessianVectorProduct]:
+    """Yield v -> H v of the unscaled mean over the processes of `loss`, to be used within the block.
 
     Args:
         accelerator: the trainer's.
         method: "exact" or "finite_difference".
         loss: L, the same number of terms on each process.
         parameters: what H is taken with respect to.
-        model: whose loss it is.
+        model: whose loss it is, without wrappers.
         gradient: what `loss.gradient(parameters)` gives at the weights as they stand, where it is known already.
     """
-    if method == "exact":
-        scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
-    else:
-        known = loss.gradient(parameters) if gradient is None else gradient
-        step = finite_difference_step(parameters, coarsest_dtype(accelerator, model))
-        scaled = finite_difference_hessian_vector_product(lambda: loss.gradient(parameters), parameters, known, step)
-    reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
         result = scale(1 / loss_scale(accelerator), scaled(vector))
         return accelerator.reduce(result, reduction="mean") if reduce else result
 
-    return product
+    reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
+    if method == "exact":
+        with others_frozen(model, parameters):
+            scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
+            yield product
+    else:
+        # Nothing is frozen: DDP and FSDP wait for all gradients.
+        known = loss.gradient(parameters) if gradient is None else gradient
+        step = finite_difference_step(parameters, coarsest_dtype(accelerator, model))
+        scaled = finite_difference_hessian_vector_product(lambda: loss.gradient(parameters), parameters, known, step)
+        yield product

@@ -1,7 +1,7 @@
 """X-SAM for any `Trainer`: each optimizer step's gradient is replaced by X-SAM's."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from .replay import (
     reshard,
     side_effects_undone,
 )
-from .scope import others_frozen, parameters_in_scope, trainable_parameters
+from .scope import parameters_in_scope, trainable_parameters
 from .state import XSAMState
 from .support import refuse_unsupported
 from .tensors import is_sharded, norm, scale
@@ -165,17 +165,13 @@ class XSAMTrainerMixin(_Trainer):
         state.refreshed_at = self.state.global_step
         return True
 
-    @contextmanager
     def _hessian_vector_product(
         self, loss: Loss, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None = None
-    ) -> Iterator[HessianVectorProduct]:
+    ) -> AbstractContextManager[HessianVectorProduct]:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self._xsam_hvp_method is None:
             self._xsam_hvp_method = choose_method(self.xsam_config.hvp, loss, parameters, model)
-        # DDP and FSDP wait for all gradients in the backward passes of a finite difference.
-        alone = others_frozen(model, parameters) if self._xsam_hvp_method == "exact" else nullcontext()
-        with alone:
-            yield hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, model, gradient)
+        return hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, model, gradient)
 
     def _all_finite(self, metrics: Mapping[str, Tensor]) -> bool:
         """Return whether all of `metrics` are finite, on every process: they skip a step together."""
