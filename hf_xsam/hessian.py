@@ -85,10 +85,14 @@ def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor], model: n
         obstacle: str | None = "sharded parameters have no second derivative"
     else:
         # With nothing frozen: operations whose input takes no gradient do not show in the graph.
-        obstacle = untrusted_operation(next(loss.terms()), trust_python_functions=asked == "exact")
+        term = next(loss.terms())
+        obstacle = untrusted_operation(term, trust_python_functions=asked == "exact")
         if obstacle is None:
-            with others_frozen(model, parameters):
-                obstacle = double_backward_obstacle(next(loss.terms()), parameters)
+            with others_frozen(model, parameters) as others:
+                if others:
+                    del term  # one graph at a time
+                    term = next(loss.terms())
+                obstacle = double_backward_obstacle(term, parameters)
     if obstacle and asked == "exact":
         raise RuntimeError(
             f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle} "

@@ -47,8 +47,8 @@ def parameters_in_scope(model: nn.Module, scope: str, field: str) -> dict[str, n
 
 
 @contextmanager
-def others_frozen(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Within the block, have no parameter of `model` but `parameters` take gradients.
+def others_frozen(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[nn.Parameter]]:
+    """Within the block, have no parameter of `model` but `parameters` take gradients; yield those that did.
 
     A second derivative's graph then holds only what theirs needs. It must be used within the block, for checkpointed
     layers are computed again at that time, and must give the same graph.
@@ -58,7 +58,7 @@ def others_frozen(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[No
     try:
         for parameter in others:
             parameter.requires_grad_(False)
-        yield
+        yield others
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
