@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-SCOPES = ("trainable", "lora")
+SCOPES = ("trainable", "lora", "norm")
 CONFIG_NAME = "xsam_config.json"
 NOT_WRITTEN = "XSAMTrainer writes it beside each model that it saves; for one without it, set XSAMConfig's fields."
 
@@ -31,6 +31,10 @@ class XSAMConfig:
         ascent (`str`, *optional*, defaults to `"global"`):
             `"global"` perturbs along the gradient of all processes' batches, `"local"` lets each process
             perturb along its own (m-sharpness, arXiv 2010.01412), which saves an all-reduce.
+        perturb_scope (`str`, *optional*, defaults to `"trainable"`):
+            The parameters that are perturbed, within rho over them alone: `"trainable"`, all; `"lora"`, LoRA's, not
+            what PEFT trains beside them; `"norm"`, those of normalization layers (SAM-ON, arXiv 2306.04226); or a
+            regular expression searched for in the names of the trainable parameters.
 
     Parameters that control the correction:
         alpha (`float`, *optional*, defaults to 0.2):
@@ -53,8 +57,8 @@ class XSAMConfig:
             How Hessian-vector products are computed: `"exact"` (double backward), `"finite_difference"`,
             or `"auto"`, exact wherever the model's operations allow it.
         eigen_scope (`str`, *optional*, defaults to `"trainable"`):
-            The parameters that the eigenvector spans: `"trainable"`, `"lora"`, or a regular expression
-            searched for in the names of the trainable parameters.
+            The parameters that the eigenvector spans, and that it corrects the gradient of: values as for
+            `perturb_scope`.
 
     Raises:
         ValueError: for a value that is not allowed; the message names the field, the value and what is.
@@ -86,13 +90,15 @@ class XSAMConfig:
     )
     eigen_scope: str = field(
         default="trainable",
-        metadata={
-            "help": "Parameters that the eigenvector spans: 'trainable', 'lora', or a regular expression on names."
-        },
+        metadata={"help": "What the eigenvector spans: 'trainable', 'lora', 'norm', or a regular expression on names."},
     )
     ascent: Literal["global", "local"] = field(
         default="global",
         metadata={"help": "Perturb along the gradient of all processes, or each process along its own."},
+    )
+    perturb_scope: str = field(
+        default="trainable",
+        metadata={"help": "What is perturbed: 'trainable', 'lora', 'norm', or a regular expression on names."},
     )
 
     def __post_init__(self) -> None:
@@ -121,11 +127,12 @@ class XSAMConfig:
         ):
             if getattr(self, name) < least:
                 raise self._error(name, f"an integer of at least {least}")
-        try:
-            re.compile(self.eigen_scope)
-        except (re.error, TypeError) as error:
-            allowed = f"{' or '.join(map(repr, SCOPES))} or a regular expression ({error})"
-            raise self._error("eigen_scope", allowed) from error
+        for name in ("perturb_scope", "eigen_scope"):
+            try:
+                re.compile(getattr(self, name))
+            except (re.error, TypeError) as error:
+                allowed = f"{', '.join(map(repr, SCOPES))} or a regular expression ({error})"
+                raise self._error(name, allowed) from error
 
     def _error(self, name: str, allowed: str) -> ValueError:
         return ValueError(f"XSAMConfig.{name} is {getattr(self, name)!r}; it must be {allowed}.")

@@ -57,7 +57,8 @@ def exact_hessian_vector_product(
 
     def gradients() -> Iterable[list[Tensor | None]]:
         for loss in losses():
-            yield list(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
+            if loss.requires_grad:  # not where it uses none of `parameters`, and all others are frozen
+                yield list(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
 
     kept = list(gradients()) if keep_graph else None
 

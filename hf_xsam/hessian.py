@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -16,7 +16,8 @@ from .eigenvector import (
 )
 from .precision import coarsest_dtype, loss_scale
 from .replay import gradients, twice_differentiable_attention
-from .support import double_backward_obstacle
+from .scope import others_frozen
+from .support import double_backward_obstacle, untrusted_operation
 from .tensors import is_sharded, scale
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,14 @@ def mean_loss(
     return Loss(terms, gradient, gradient_is_local=not sharded, single_term=len(batch_losses) == 1)
 
 
-def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor]) -> str:
+def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor], model: nn.Module) -> str:
     """Return "exact" or "finite_difference": what is `asked`, or for "auto" exact where the model allows it.
+
+    Args:
+        asked: `XSAMConfig.hvp`.
+        loss: any loss of `model`.
+        parameters: what products are taken with respect to.
+        model: that one, without wrappers.
 
     Raises:
         RuntimeError: where "exact" is asked for and the model has no second derivative.
@@ -77,8 +84,15 @@ def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor]) -> str:
     if any(is_sharded(parameter) for parameter in parameters):
         obstacle: str | None = "sharded parameters have no second derivative"
     else:
-        with twice_differentiable_attention():  # which gradient checkpointing calls again in the backward pass
-            obstacle = double_backward_obstacle(next(loss.terms()), parameters, trust_python_functions=asked == "exact")
+        # With nothing frozen: operations whose input takes no gradient do not show in the graph.
+        term = next(loss.terms())
+        obstacle = untrusted_operation(term, trust_python_functions=asked == "exact")
+        if obstacle is None:
+            with others_frozen(model, parameters) as others, twice_differentiable_attention():
+                if others:
+                    del term  # one graph at a time
+                    term = next(loss.terms())
+                obstacle = double_backward_obstacle(term, parameters)
     if obstacle and asked == "exact":
         raise RuntimeError(
             f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
@@ -90,36 +104,39 @@ def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor]) -> str:
     return method
 
 
+@contextmanager
 def hessian_vector_product(
     accelerator: Accelerator,
     method: str,
     loss: Loss,
     parameters: Sequence[Tensor],
+    model: nn.Module,
     gradient: Sequence[Tensor] | None = None,
-) -> HessianVectorProduct:
-    """Return v -> H v of the unscaled mean over the processes of `loss`.
+) -> Iterator[HessianVectorProduct]:
+    """Yield v -> H v of the unscaled mean over the processes of `loss`, to be used within the block.
 
     Args:
         accelerator: the trainer's.
         method: "exact" or "finite_difference".
         loss: L, the same number of terms on each process.
         parameters: what H is taken with respect to.
+        model: whose loss it is, without wrappers.
         gradient: what `loss.gradient(parameters)` gives at the weights as they stand, where it is known already.
     """
-    if method == "exact":
-        attention = twice_differentiable_attention
-        with attention():
-            scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
-    else:
-        attention = nullcontext
-        known = loss.gradient(parameters) if gradient is None else gradient
-        step = finite_difference_step(parameters, coarsest_dtype(accelerator, parameters))
-        scaled = finite_difference_hessian_vector_product(lambda: loss.gradient(parameters), parameters, known, step)
-    reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
-        with attention():
-            result = scale(1 / loss_scale(accelerator), scaled(vector))
+        result = scale(1 / loss_scale(accelerator), scaled(vector))
         return accelerator.reduce(result, reduction="mean") if reduce else result
 
-    return product
+    reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
+    if method == "exact":
+        # Attention's kernel is chosen again in the backward pass, where gradient checkpointing computes it anew.
+        with others_frozen(model, parameters), twice_differentiable_attention():
+            scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
+            yield product
+    else:
+        # Nothing is frozen: DDP and FSDP wait for all gradients.
+        known = loss.gradient(parameters) if gradient is None else gradient
+        step = finite_difference_step(parameters, coarsest_dtype(accelerator, model))
+        scaled = finite_difference_hessian_vector_product(lambda: loss.gradient(parameters), parameters, known, step)
+        yield product

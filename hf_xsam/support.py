@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from .config import XSAMConfig
 
+# bitsandbytes' 4-bit and 8-bit layers: their backward passes multiply by the weights, in operations that autograd sees.
+TWICE_DIFFERENTIABLE = ("MatMul4BitBackward", "MatMul8bitFpBackward", "MatMul8bitLtBackward")
+REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
 STEPS_INSIDE_BACKWARD = ("Lomo", "AdaLomo")
 FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration"
 INSTEAD_OF_DEEPSPEED = f"To shard the model use FSDP2 ({FSDP2}); else DistributedDataParallel."
@@ -95,18 +98,26 @@ def _refuse_unsupported_trl(trainer: "Trainer") -> None:
         )
 
 
-def double_backward_obstacle(
-    loss: Tensor, parameters: Sequence[Tensor], trust_python_functions: bool = False
-) -> str | None:
-    """Return why the Hessian-vector product of `loss` cannot be had by double backward, or None if it can.
+def untrusted_operation(loss: Tensor, trust_python_functions: bool = False) -> str | None:
+    """Return what in the graph of `loss` may have a wrong second derivative without a word, or None.
 
-    Operations that have no second derivative raise. Python-defined ones (fused kernels such as FlashAttention's and
-    Liger's, reentrant checkpointing) may instead give zeros without a word, so unless `trust_python_functions`
-    their presence alone counts.
+    Python-defined operations may (fused kernels such as FlashAttention's and Liger's), so unless
+    `trust_python_functions` their presence counts. Reentrant checkpointing does: it hides parameters from the graph.
     """
-    custom = _python_function_in_graph(loss)
-    if custom is not None and not trust_python_functions:
-        return f"the second derivative of the Python-defined operation {custom} cannot be trusted"
+    names = _python_functions_in_graph(loss)
+    if not trust_python_functions:
+        for name in names:
+            if name not in TWICE_DIFFERENTIABLE:
+                return f"the second derivative of the Python-defined operation {name} cannot be trusted"
+    if REENTRANT_CHECKPOINT in names:
+        return "gradient checkpointing has one only with gradient_checkpointing_kwargs={'use_reentrant': False}."
+    return None
+
+
+def double_backward_obstacle(loss: Tensor, parameters: Sequence[Tensor]) -> str | None:
+    """Return why the Hessian-vector product of `loss` cannot be had by double backward, or None if it can."""
+    if not loss.requires_grad:
+        return None  # it uses none of `parameters`, and all others are frozen
     try:
         gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         curved = [g for g in gradient if g is not None and g.requires_grad]
@@ -123,14 +134,15 @@ def double_backward_obstacle(
     return None
 
 
-def _python_function_in_graph(loss: Tensor) -> str | None:
+def _python_functions_in_graph(loss: Tensor) -> list[str]:
     stack, seen = [loss.grad_fn], {loss.grad_fn}
+    names: list[str] = []
     while stack:
         node = stack.pop()
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return node.name()
+            names.append(node.name())
         for following, _ in node.next_functions if node is not None else ():
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return None
+    return names

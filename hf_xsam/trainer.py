@@ -31,7 +31,7 @@ from .replay import (
     reshard,
     side_effects_undone,
 )
-from .scope import in_scope, trainable_parameters
+from .scope import parameters_in_scope, trainable_parameters
 from .state import XSAMState
 from .support import refuse_unsupported
 from .tensors import is_sharded, norm, scale
@@ -71,7 +71,7 @@ class XSAMTrainerMixin(_Trainer):
         self._xsam_metrics, self._xsam_advice = RunningMeans(), Advice(self.xsam_config)
         self._xsam_hvp_method: str | None = None  # chosen at the first product, which shows what the model allows
         refuse_unsupported(self, self.xsam_config)
-        self._eigen_parameters()  # an eigen_scope that matches nothing is refused now
+        self._perturbed_parameters(), self._eigen_parameters()  # a scope that matches nothing is refused now
         if self.args.push_to_hub:
             self.add_callback(PushCallback(self))
 
@@ -110,11 +110,11 @@ class XSAMTrainerMixin(_Trainer):
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
         config, step = self.xsam_config, self.state.global_step
         parameters = {name: p for name, p in self._trainable_parameters().items() if p.grad is not None}
-        weights = list(parameters.values())
+        weights = list(self._perturbed_parameters().values())
         gradient = gradients(weights)
         unscaled, rho = 1 / loss_scale(self.accelerator), config.rho_at(step)
         loss = torch.stack([micro_batch.loss for micro_batch in replay.micro_batches]).sum()
-        metrics = {"gradient_norm": norm(gradient) * unscaled}
+        metrics = {"gradient_norm": norm(gradients(list(parameters.values()))) * unscaled}
 
         refreshed = not config.refreshes_at(step, self.xsam_state.refreshed_at) or self._refresh_eigenvector(replay)
         with perturbed(weights, ascent_perturbation(weights, gradient, rho, config.adaptive)) as realised:
@@ -162,9 +162,9 @@ class XSAMTrainerMixin(_Trainer):
             gradient_is_local=local,
             single_term=len(replay.micro_batches) == 1,
         )
-        product = self._hessian_vector_product(loss, parameters, gradient)
         start = state.warm_start(scope) or random_unit_vector(parameters, self.args.seed)
-        estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift)
+        with self._hessian_vector_product(loss, parameters, gradient) as product:
+            estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift)
         if not estimate.is_finite():
             return False
         state.eigenvector = dict(zip(scope, estimate.vector, strict=True))
@@ -174,10 +174,11 @@ class XSAMTrainerMixin(_Trainer):
 
     def _hessian_vector_product(
         self, loss: Loss, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None = None
-    ) -> HessianVectorProduct:
+    ) -> AbstractContextManager[HessianVectorProduct]:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self._xsam_hvp_method is None:
-            self._xsam_hvp_method = choose_method(self.xsam_config.hvp, loss, parameters)
-        return hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, gradient)
+            self._xsam_hvp_method = choose_method(self.xsam_config.hvp, loss, parameters, model)
+        return hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, model, gradient)
 
     def _all_finite(self, metrics: Mapping[str, Tensor]) -> bool:
         """Return whether all of `metrics` are finite, on every process: they skip a step together."""
@@ -227,9 +228,9 @@ class XSAMTrainerMixin(_Trainer):
         with evaluating(model), self._side_effects_undone(model), gradients_set_aside(model):
             batch_losses = [partial(loss_on, batch) for batch in batches]
             loss = mean_loss(self.accelerator, model, batch_losses, sharded=is_sharded(parameters[0]))
-            product = self._hessian_vector_product(loss, parameters)
             start = random_unit_vector(parameters, self.args.seed)
-            estimate = power_iteration(product, start, iterations)
+            with self._hessian_vector_product(loss, parameters) as product:
+                estimate = power_iteration(product, start, iterations)
         return dict(zip(scope, estimate.vector, strict=True)), estimate.value.item()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -289,8 +290,15 @@ class XSAMTrainerMixin(_Trainer):
     def _trainable_parameters(self) -> dict[str, nn.Parameter]:
         return trainable_parameters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
+    def _perturbed_parameters(self) -> dict[str, nn.Parameter]:
+        return self._parameters_in("perturb_scope")
+
     def _eigen_parameters(self) -> dict[str, nn.Parameter]:
-        return in_scope(self._trainable_parameters(), self.xsam_config.eigen_scope)
+        return self._parameters_in("eigen_scope")
+
+    def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return parameters_in_scope(model, getattr(self.xsam_config, field), field)
 
     # The Trainer's own methods, without which its checkpoints would lack X-SAM's state. They are called on every
     # process, before the checkpoint's last file is written, and once the model and its optimizer are loaded.

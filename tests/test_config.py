@@ -27,8 +27,9 @@ from hf_xsam import XSAMConfig
         ("eigen_start_step", -1, "at least 0"),
         ("rho_warmup_steps", -1, "at least 0"),
         ("power_iterations", 0, "at least 1"),
-        ("eigen_scope", "(", "'trainable' or 'lora' or a regular expression"),
-        ("eigen_scope", None, "'trainable' or 'lora' or a regular expression"),
+        ("eigen_scope", "(", "'trainable', 'lora', 'norm' or a regular expression"),
+        ("eigen_scope", None, "'trainable', 'lora', 'norm' or a regular expression"),
+        ("perturb_scope", "*", "'trainable', 'lora', 'norm' or a regular expression"),
     ],
 )
 def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
@@ -52,6 +53,7 @@ def test_defaults_are_the_papers():
         "hvp": "auto",
         "eigen_scope": "trainable",
         "ascent": "global",
+        "perturb_scope": "trainable",
     }
 
 

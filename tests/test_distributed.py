@@ -48,6 +48,7 @@ def ddp_cases(world):
     return {
         "exact": case({**XSAM, "hvp": "exact"}, world),
         "finite_difference": case({**XSAM, "hvp": "finite_difference"}, world),
+        "scopes": case({**XSAM, "hvp": "exact", "perturb_scope": "norm", "eigen_scope": r"layer\.1\."}, world),
         "unused": case(
             {**XSAM, "hvp": "exact"}, world, model="branches", arguments={"ddp_find_unused_parameters": True}
         ),
@@ -81,7 +82,7 @@ def assert_close(actual, expected, tolerance):
 
 
 class TestDistributedDataParallel:
-    @pytest.mark.parametrize("name", ["exact", "finite_difference", "unused", "short window"])
+    @pytest.mark.parametrize("name", ["exact", "finite_difference", "scopes", "unused", "short window"])
     def test_global_ascent_equals_one_process(self, one, several, name):
         tolerance = 1e-6 if name == "finite_difference" else 1e-9
         assert_close(several[name]["weights"], one[name]["weights"], tolerance)
@@ -128,6 +129,9 @@ def sharded(tmp_path_factory):
             config = {**XSAM, "hvp": "finite_difference", "eigen_scope": "lora" if model == "lora" else "trainable"}
             for strategy in ("ddp", "fsdp2"):
                 cases[f"{model} {dtype} {strategy}"] = case(config, 2, model=model, dtype=dtype, strategy=strategy)
+    scopes = {**XSAM, "hvp": "finite_difference", "perturb_scope": "norm", "eigen_scope": r"layer\.1\."}
+    for strategy in ("ddp", "fsdp2"):
+        cases[f"scopes float64 {strategy}"] = case(scopes, 2, strategy=strategy)
     cases["stock"] = case(None, 2, strategy="fsdp2")
     cases["SAM"] = case(SAM, 2, strategy="fsdp2")
     cases["auto"] = case(XSAM, 2, strategy="fsdp2")
@@ -142,6 +146,10 @@ class TestFullyShardedDataParallel:
         assert_close(sharded[single + "fsdp2"]["weights"], sharded[single + "ddp"]["weights"], 1e-5)
         top = sharded[double + "ddp"]["top_eigenvalue"]
         assert sharded[double + "fsdp2"]["top_eigenvalue"] == pytest.approx(top, rel=1e-6)
+
+    def test_scopes(self, sharded):
+        assert_close(sharded["scopes float64 fsdp2"]["weights"], sharded["scopes float64 ddp"]["weights"], 1e-9)
+        assert all("layer.1." in name for name in sharded["scopes float64 fsdp2"]["eigenvector"])
 
     def test_double_backward_is_not_tried(self, sharded):
         assert_close(sharded["auto"]["weights"], sharded["bert float64 fsdp2"]["weights"], 0)
