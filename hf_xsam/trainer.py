@@ -20,7 +20,7 @@ from .hub import PushCallback, refusal_explained
 from .metrics import Advice, RunningMeans, alignment
 from .model_card import complete_model_card, prepare_adapter_card
 from .perturbation import ascent_perturbation, perturbed
-from .precision import loss_scale
+from .precision import all_finite, leave_harmless_gradient, loss_scale
 from .replay import (
     MicroBatch,
     RandomState,
@@ -129,8 +129,10 @@ class XSAMTrainerMixin(_Trainer):
         gradient = gradients(list(parameters.values()))
         metrics["perturbed_gradient_norm"] = norm(gradient) * unscaled
         self.xsam_state.step = step + 1
-        if not self._all_finite(metrics) or (not refreshed and self.accelerator.scaler is not None):
-            self._skip_step(replay)
+        scaler_skips = not refreshed and self.accelerator.scaler is not None
+        if scaler_skips or not all_finite(self.accelerator, metrics.values()):
+            leave_harmless_gradient(replay, list(self._trainable_parameters().values()))
+            self.xsam_state.skipped_steps += 1
             return
         if config.corrects_at(step) and self.xsam_state.eigenvalue is not None:
             eigenvector = self.xsam_state.eigenvector_over(parameters)
@@ -153,7 +155,7 @@ class XSAMTrainerMixin(_Trainer):
         state, scope = self.xsam_state, self._eigen_parameters()
         parameters = list(scope.values())
         gradient = gradients(parameters)
-        if not self._all_finite({"norm": norm(gradient)}):
+        if not all_finite(self.accelerator, [norm(gradient)]):
             return False
         local = self.xsam_config.ascent == "local"
         loss = Loss(
@@ -179,28 +181,6 @@ class XSAMTrainerMixin(_Trainer):
         if self._xsam_hvp_method is None:
             self._xsam_hvp_method = choose_method(self.xsam_config.hvp, loss, parameters, model)
         return hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, model, gradient)
-
-    def _all_finite(self, metrics: Mapping[str, Tensor]) -> bool:
-        """Return whether all of `metrics` are finite, on every process: they skip a step together."""
-        finite = torch.isfinite(torch.stack([value.to(self.args.device) for value in metrics.values()])).all()
-        if self.accelerator.num_processes > 1:
-            return bool(self.accelerator.reduce(finite.float(), reduction="mean") == 1)
-        return bool(finite)
-
-    def _skip_step(self, replay: Replay) -> None:
-        """Leave in `.grad` what does no harm, in place of a corrected gradient that would not be finite.
-
-        With a GradScaler: infinity, at which it skips the step and lowers its scale. Else the stock Trainer's
-        gradient, or where that is not finite none at all, so that the optimizer leaves the weights and its state.
-        """
-        self.xsam_state.skipped_steps += 1
-        if self.accelerator.scaler is not None:
-            for gradient in (p.grad for p in self._trainable_parameters().values() if p.grad is not None):
-                gradient.fill_(torch.inf)
-            return
-        loss = replay.run()
-        if not self._all_finite({"loss": loss, "norm": norm(gradients(list(self._trainable_parameters().values())))}):
-            replay.model.zero_grad()
 
     def top_eigenpair(
         self, batches: Sequence[Mapping[str, Any]], iterations: int = 20
