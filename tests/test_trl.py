@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import (
@@ -213,3 +214,17 @@ def test_a_subclass_of_ours_is_accepted(model, tmp_path):
         pass
 
     Mine(model=model, args=settings(SFTConfig, tmp_path), train_dataset=TEXT, eval_dataset=TEXT)
+
+
+def test_the_card_is_trl_s_and_x_sam_s(model, tmp_path):
+    args = settings(
+        SFTConfig, tmp_path, save_strategy="steps", save_steps=3, eval_strategy="no", hub_model_id="me/tuned"
+    )
+    trainer = XSAMSFTTrainer(model=model, args=args, train_dataset=TEXT, xsam_config=XSAMConfig(rho=0.01))
+    trainer.train()
+    trainer.create_model_card(model_name="tuned", dataset_name="films")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"x-sam", "sft", "trl"} <= set(card.data.tags)
+    assert "## Sharpness-aware training" in card.text
+    assert "TRL" in card.text
+    assert XSAMConfig.from_pretrained(tmp_path / "checkpoint-3") == XSAMConfig(rho=0.01)
