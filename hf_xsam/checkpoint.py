@@ -124,22 +124,21 @@ def _load_vector(folder: Path, parts: int, parameters: Mapping[str, Tensor]) -> 
     except (SafetensorError, OSError) as error:
         path = next((path for path in paths if not _opens(path)), folder)
         raise ValueError(f"{path} is missing or damaged ({error}). {REMEDY}") from error
-    names = set(next(iter(files.values())).keys())
-    if names != set(parameters):
-        different = sorted(names.symmetric_difference(parameters))[0]
-        where = "the checkpoint has" if different in names else "this run has"
-        raise ValueError(
-            f"{paths[0]} spans other parameters than this run's eigen_scope: only {where} {different!r}. "
-            f"Resume with the model and eigen_scope that wrote it. {REMEDY}"
-        )
+    for path, file in files.items():
+        if set(file.keys()) != set(parameters):
+            different = sorted(set(file.keys()).symmetric_difference(parameters))[0]
+            where = "this run has" if different in parameters else "the checkpoint has"
+            raise ValueError(
+                f"{path} spans other parameters than this run's eigen_scope: only {where} {different!r}. "
+                f"Resume with the model and eigen_scope that wrote it. {REMEDY}"
+            )
     vector = {}
     for name, parameter in parameters.items():
         whole = torch.zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
         for path, file in files.items():
-            part = file.get_tensor(name)
-            start = json.loads(file.metadata()[name])
+            part, start = file.get_tensor(name), json.loads((file.metadata() or {}).get(name, "[]"))
             place = tuple(slice(at, at + size) for at, size in zip(start, part.shape, strict=False))
-            if part.dim() != whole.dim() or whole[place].shape != part.shape:
+            if len(start) != part.dim() or part.dim() != whole.dim() or whole[place].shape != part.shape:
                 raise ValueError(
                     f"{path} holds {name!r} in shape {tuple(part.shape)} at {start}, which does not fit the "
                     f"parameter's {tuple(whole.shape)}. Resume with the model that wrote it. {REMEDY}"

@@ -129,6 +129,10 @@ class TestDamage:
             checkpoint, "spans other parameters.*only the checkpoint has 'bert", {**CONFIG, "eigen_scope": "layer.0"}
         )
 
+    def test_a_file_that_something_else_wrote(self, checkpoint):
+        save_file(load_file(checkpoint / VECTOR_FILE), checkpoint / VECTOR_FILE)
+        self.refused(checkpoint, r"at \[\], which does not fit")
+
     def test_another_shape(self, checkpoint):
         vector = load_file(checkpoint / VECTOR_FILE)
         vector["classifier.weight"] = torch.ones(3, 16)
