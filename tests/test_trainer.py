@@ -392,7 +392,10 @@ class TestGradScaler:
 
     class ScaledTrainer(XSAMTrainer):
         def create_optimizer(self, *args, **kwargs):
-            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            self.accelerator.scaler = scaler
+            # What Accelerate does before it clips, under fp16 alone.
+            self.accelerator.unscale_gradients = lambda: scaler.unscale_(self.optimizer.optimizer)
             return super().create_optimizer(*args, **kwargs)
 
     @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
