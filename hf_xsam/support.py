@@ -128,10 +128,15 @@ def double_backward_obstacle(loss: Tensor, parameters: Sequence[Tensor]) -> str 
         raise
     except RuntimeError as error:
         return str(error).strip().splitlines()[0]
-    # Seen with layer norms of float16 weights, whose second derivative has the third power of 1 / deviation.
-    if any(not torch.isfinite(s).all() for s in second if s is not None):
+    # Seen with layer norms of float16 weights, whose second derivative has the third power of 1 / deviation. Where the
+    # first one is not finite either, it says nothing.
+    if _finite(gradient) and not _finite(second):
         return f"the second derivative overflows in {curved[0].dtype}"
     return None
+
+
+def _finite(tensors: Sequence[Tensor | None]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
 
 def _python_functions_in_graph(loss: Tensor) -> list[str]:

@@ -4,12 +4,13 @@ import pytest
 
 from .fake_hub import FakeHub
 
-# Before transformers is imported, whose client of the hub reads these once. No test may reach the hub itself, and
-# models are small enough for one thread each.
+# Before torch and transformers are imported, which read these once. No test may reach the hub itself, and models are
+# small enough for one thread each, in every process that a test starts: equal bit for bit takes as many threads.
 fake_hub = FakeHub()
 os.environ["HF_ENDPOINT"] = fake_hub.endpoint
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -205,7 +205,6 @@ def newest_checkpoint(folder):
 
 def train_in_subprocess(run, folder, output, started):
     """Train, from the newest complete checkpoint in `folder` where there is one, and save the outcome."""
-    torch.set_num_threads(1)
     trainer = run.trainer(folder)
     started.set()
     trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
