@@ -8,6 +8,6 @@ OLDEST = ["transformers==5.0.0", "accelerate==1.4.0"]
 @nox.session
 def oldest(session: nox.Session) -> None:
     session.install("torch==2.13.0")
-    session.install("-e", ".", *OLDEST, "peft", "pytest", "scipy")
+    session.install("-e", ".", *OLDEST, "peft", "pytest", "pytest-xdist", "scipy")
     names = ("config", "golden", "hub", "lora", "model_card", "scope", "trainer")
     session.run("pytest", "-q", *(f"tests/test_{name}.py" for name in names))
