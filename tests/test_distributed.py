@@ -113,12 +113,11 @@ class TestDistributedDataParallel:
         assert several["global SAM"]["all_reduces"] % (2 * steps) == 0
         assert several["local SAM"]["all_reduces"] * 2 == several["global SAM"]["all_reduces"]
 
-
-@pytest.mark.parametrize("several", [4], indirect=True)
-def test_two_replicas_of_two_shards_equal_distributed_data_parallel(several):
-    assert_close(several["hybrid"]["weights"], several["finite_difference"]["weights"], 1e-9)
-    size = sum(part.numel() for part in several["hybrid"]["eigenvector"].values())
-    assert several["hybrid"]["held"] == pytest.approx(size / 2, rel=0.05)
+    @pytest.mark.parametrize("several", [4], indirect=True)
+    def test_two_replicas_of_two_shards_equal_four_of_the_whole(self, several):
+        assert_close(several["hybrid"]["weights"], several["finite_difference"]["weights"], 1e-9)
+        size = sum(part.numel() for part in several["hybrid"]["eigenvector"].values())
+        assert several["hybrid"]["held"] == pytest.approx(size / 2, rel=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -234,19 +233,25 @@ class TestResume:
         assert result.returncode != 0
         assert f"{part} is missing or damaged" in result.stderr
 
-    @pytest.mark.parametrize("victims", ["all", "one"])
-    def test_killed(self, tmp_path, victims):
-        def long(world, folder):
-            resume = True if (folder / "checkpoint-2").exists() else None
-            return {"long": {**settings, "folder": str(folder), "resume": resume}}
-
+    @classmethod
+    def long(cls, folder):
         settings = case(
-            {**XSAM, "eigen_interval": 2}, 2, model="dropout", dtype="float32",
-            arguments={**SAVING, "num_train_epochs": 10},
-        )  # fmt: skip
-        expected = launch(2, long(2, tmp_path / "whole"), tmp_path)[0]["long"]
-        arguments, output = command(2, long(2, tmp_path / "killed"), tmp_path)
-        output.unlink()
+            {**XSAM, "eigen_interval": 2},
+            2,
+            model="dropout",
+            dtype="float32",
+            arguments={**SAVING, "num_train_epochs": 6},
+        )
+        return {"long": {**settings, "folder": str(folder), "resume": (folder / "checkpoint-2").exists() or None}}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def expected(cls, folder):
+        return launch(2, cls.long(folder / "whole"), folder)[0]["long"]
+
+    @pytest.mark.parametrize("victims", ["all", "one"])
+    def test_killed(self, expected, tmp_path, victims):
+        arguments, output = command(2, self.long(tmp_path / "killed"), tmp_path)
         process = psutil.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (tmp_path / "killed" / "checkpoint-2").exists():
             assert process.poll() is None
@@ -258,7 +263,7 @@ class TestResume:
         assert process.wait(120) != 0
         psutil.wait_procs(children)
         assert not output.exists()
-        resumed, _ = launch(2, long(2, tmp_path / "killed"), tmp_path)
-        assert_close(resumed["long"]["weights"], expected["weights"], 0)
-        assert_close(resumed["long"]["eigenvector"], expected["eigenvector"], 0)
-        assert resumed["long"]["ranks_agree"]
+        resumed = launch(2, self.long(tmp_path / "killed"), tmp_path)[0]["long"]
+        assert_close(resumed["weights"], expected["weights"], 0)
+        assert_close(resumed["eigenvector"], expected["eigenvector"], 0)
+        assert resumed["ranks_agree"]
