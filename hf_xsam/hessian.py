@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from .eigenvector import (
     finite_difference_hessian_vector_product,
     finite_difference_step,
 )
-from .precision import coarsest_dtype, loss_scale
+from .precision import coarsest_dtype, holds_everywhere, loss_scale
 from .replay import gradients, twice_differentiable_attention
 from .scope import others_frozen
 from .support import double_backward_obstacle, untrusted_operation
@@ -67,10 +68,13 @@ def mean_loss(
     return Loss(terms, gradient, gradient_is_local=not sharded, single_term=len(batch_losses) == 1)
 
 
-def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor], model: nn.Module) -> str:
+def choose_method(
+    accelerator: Accelerator, asked: str, loss: Loss, parameters: Sequence[Tensor], model: nn.Module
+) -> str:
     """Return "exact" or "finite_difference": what is `asked`, or for "auto" exact where the model allows it.
 
     Args:
+        accelerator: the trainer's; all its processes get the same answer.
         asked: `XSAMConfig.hvp`.
         loss: any loss of `model`.
         parameters: what products are taken with respect to.
@@ -98,8 +102,10 @@ def choose_method(asked: str, loss: Loss, parameters: Sequence[Tensor], model: n
             f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
             "Use hvp='finite_difference' or hvp='auto'."
         )
-    method = "finite_difference" if obstacle else "exact"
-    reason = obstacle or "every operation of the model has a second derivative"
+    exact = holds_everywhere(accelerator, torch.tensor(obstacle is None, device=accelerator.device))
+    method = "exact" if exact else "finite_difference"
+    allowed = "every operation of the model has a second derivative"
+    reason = obstacle or (allowed if exact else "another process found that the model has no second derivative")
     logger.info("X-SAM computes Hessian-vector products with hvp=%r: %s.", method, reason)
     return method
 

@@ -29,12 +29,17 @@ def coarsest_dtype(accelerator: Accelerator, model: nn.Module) -> torch.dtype:
     return autocast or max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def all_finite(accelerator: Accelerator, values: Iterable[Tensor]) -> bool:
-    """Return whether all 0-dimensional `values` are finite, on every process: they skip a step together."""
-    finite = torch.isfinite(torch.stack([value.to(accelerator.device) for value in values])).all()
+def holds_everywhere(accelerator: Accelerator, condition: Tensor) -> bool:
+    """Return whether `condition`, 0-dimensional, holds on every process: they have to go the same way."""
     if accelerator.num_processes > 1:
-        return bool(accelerator.reduce(finite.float(), reduction="mean") == 1)
-    return bool(finite)
+        return bool(accelerator.reduce(condition.float(), reduction="mean") == 1)
+    return bool(condition)
+
+
+def all_finite(accelerator: Accelerator, values: Iterable[Tensor]) -> bool:
+    """Return whether all 0-dimensional `values` are finite, on every process."""
+    finite = torch.isfinite(torch.stack([value.to(accelerator.device) for value in values])).all()
+    return holds_everywhere(accelerator, finite)
 
 
 def leave_harmless_gradient(replay: Replay, parameters: Sequence[Tensor]) -> None:

@@ -179,7 +179,7 @@ class XSAMTrainerMixin(_Trainer):
     ) -> AbstractContextManager[HessianVectorProduct]:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self._xsam_hvp_method is None:
-            self._xsam_hvp_method = choose_method(self.xsam_config.hvp, loss, parameters, model)
+            self._xsam_hvp_method = choose_method(self.accelerator, self.xsam_config.hvp, loss, parameters, model)
         return hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, model, gradient)
 
     def top_eigenpair(

@@ -24,7 +24,13 @@ from tests.helpers import arguments, examples_of, logs_of, shard_on_cpu
 from tests.test_lora import adapted
 from tests.test_trainer import bert, sentences
 
-MODELS = {"bert": bert, "dropout": lambda: bert(0.1), "lora": adapted, "branches": lambda: Branches()}
+MODELS = {
+    "bert": bert,
+    "dropout": lambda: bert(0.1),
+    "lora": adapted,
+    "branches": lambda: Branches(),
+    "fused": lambda: FusedInOne(),
+}
 
 
 class Branches(nn.Module):
@@ -41,6 +47,26 @@ class Branches(nn.Module):
         chosen = [(torch.tanh(self.heads[k](features[kind == k])), labels[kind == k]) for k in kind.unique().tolist()]
         logits, targets = (torch.cat(parts) for parts in zip(*chosen, strict=True))
         return {"loss": nn.functional.cross_entropy(logits, targets)}
+
+
+class Fused(torch.autograd.Function):
+    """Stands for a fused kernel: an operation defined in Python, whose second derivative nobody vouches for."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class FusedInOne(Branches):
+    """Has such an operation in process 1 alone."""
+
+    def forward(self, input_ids, labels):
+        loss = super().forward(input_ids, labels)["loss"]
+        return {"loss": Fused.apply(loss) if PartialState().process_index == 1 else loss}
 
 
 class MeanLoss(Trainer):
@@ -128,6 +154,7 @@ def train(case, folder):
         result["ranks_agree"] &= bool((parts == parts[0]).all())
         trainer.evaluate(examples_of(sentences(4)))  # after which FSDP2 holds some parameters whole
         result["top_eigenvalue"] = trainer.top_eigenpair([sentences(8, seed=2)], iterations=4)[1]
+        result["method"] = trainer._xsam_hvp_method
         result["eigenvalue"], result["step"] = trainer.xsam_state.eigenvalue.item(), trainer.xsam_state.step
     return result
 

@@ -56,6 +56,7 @@ def ddp_cases(world):
         "short window": case({**XSAM, "hvp": "exact"}, world, examples=24),
         "local": case({**XSAM, "ascent": "local"}, world),
         "local, finite difference": case({**XSAM, "ascent": "local", "hvp": "finite_difference"}, world),
+        "one fused": case(XSAM, world, model="fused", arguments={"ddp_find_unused_parameters": True}),
         "global SAM": case(SAM, world, accumulation=1),
         "local SAM": case({**SAM, "ascent": "local"}, world, accumulation=1),
     }
@@ -102,6 +103,12 @@ class TestDistributedDataParallel:
     def test_ranks_stay_together(self, one, several, name):
         assert several[name]["ranks_agree"]
         assert several[name]["weights"].keys() == one[name]["weights"].keys()
+
+    def test_all_take_the_product_that_each_can(self, one, several):
+        assert one["one fused"]["method"] == one["exact"]["method"] == several["exact"]["method"] == "exact"
+        assert several["one fused"]["method"] == "finite_difference"
+        assert several["one fused"]["ranks_agree"]
+        assert_close(several["one fused"]["weights"], one["one fused"]["weights"], 1e-6)
 
     def test_local_ascent_is_another_direction(self, one, several):
         ours, whole = several["local"]["weights"], one["local"]["weights"]
