@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer
 
@@ -472,6 +473,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             ShardedXSAM(model=bert(), args=arguments(tmp_path), xsam_config=XSAMConfig(**config))
 
+    @pytest.mark.skipif(
+        not hasattr(Accelerator, "parallelism_config"), reason="older Accelerate has data parallelism only"
+    )
     @pytest.mark.parametrize("dimension", ["tp_size", "cp_size", "sp_size"])
     def test_other_parallelism_than_of_data(self, tmp_path, dimension):
         class Parallel(Trainer):
