@@ -263,7 +263,7 @@ class TestResume:
         while not (tmp_path / "killed" / "checkpoint-2").exists():
             assert process.poll() is None
             time.sleep(0.01)
-        time.sleep(random.Random(victims).uniform(0, 0.5))
+        time.sleep(random.Random(victims).uniform(0, 0.3))
         children = process.children()
         for victim in [process, *children] if victims == "all" else children[1:]:
             victim.kill()
