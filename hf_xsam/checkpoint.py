@@ -119,11 +119,12 @@ def _offsets(tensor: Tensor) -> list[int]:
 
 def _load_vector(folder: Path, parts: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     paths = [folder / VECTOR_NAME.format(part=part, parts=parts) for part in range(parts)]
-    try:
-        files = {path: safe_open(path, framework="pt") for path in paths}
-    except (SafetensorError, OSError) as error:
-        path = next((path for path in paths if not _opens(path)), folder)
-        raise ValueError(f"{path} is missing or damaged ({error}). {REMEDY}") from error
+    files = {}
+    for path in paths:
+        try:
+            files[path] = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}). {REMEDY}") from error
     for path, file in files.items():
         if set(file.keys()) != set(parameters):
             different = sorted(set(file.keys()).symmetric_difference(parameters))[0]
@@ -149,14 +150,6 @@ def _load_vector(folder: Path, parts: int, parameters: Mapping[str, Tensor]) -> 
     if not abs(length - 1) < 1e-2:
         raise ValueError(f"{paths[0]} is damaged: the eigenvector's norm is {length:g}, not 1. {REMEDY}")
     return vector
-
-
-def _opens(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 def _warn_of_differences(

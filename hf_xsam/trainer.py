@@ -177,7 +177,7 @@ class XSAMTrainerMixin(_Trainer):
     def _hessian_vector_product(
         self, loss: Loss, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None = None
     ) -> AbstractContextManager[HessianVectorProduct]:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         if self._xsam_hvp_method is None:
             self._xsam_hvp_method = choose_method(self.accelerator, self.xsam_config.hvp, loss, parameters, model)
         return hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, model, gradient)
@@ -195,7 +195,7 @@ class XSAMTrainerMixin(_Trainer):
         Returns:
             The eigenvector by parameter name, jointly of norm 1, and the eigenvalue.
         """
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         reshard(model)
         scope = self._eigen_parameters()
         parameters = list(scope.values())
@@ -267,8 +267,11 @@ class XSAMTrainerMixin(_Trainer):
         with refusal_explained(self):
             return super().push_to_hub(*args, **kwargs)
 
+    def _unwrapped_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def _trainable_parameters(self) -> dict[str, nn.Parameter]:
-        return trainable_parameters(self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+        return trainable_parameters(self._unwrapped_model())
 
     def _perturbed_parameters(self) -> dict[str, nn.Parameter]:
         return self._parameters_in("perturb_scope")
@@ -277,7 +280,7 @@ class XSAMTrainerMixin(_Trainer):
         return self._parameters_in("eigen_scope")
 
     def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self._unwrapped_model()
         return parameters_in_scope(model, getattr(self.xsam_config, field), field)
 
     # The Trainer's own methods, without which its checkpoints would lack X-SAM's state. They are called on every
