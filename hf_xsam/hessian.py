@@ -16,7 +16,7 @@ from .eigenvector import (
     finite_difference_step,
 )
 from .precision import coarsest_dtype, holds_everywhere, loss_scale
-from .replay import gradients, twice_differentiable_attention
+from .replay import forward_passes_evaluated, gradients, twice_differentiable_attention
 from .scope import others_frozen
 from .support import double_backward_obstacle, untrusted_operation
 from .tensors import is_sharded, scale
@@ -89,14 +89,15 @@ def choose_method(
         obstacle: str | None = "sharded parameters have no second derivative"
     else:
         # With nothing frozen: operations whose input takes no gradient do not show in the graph.
-        term = next(loss.terms())
-        obstacle = untrusted_operation(term, trust_python_functions=asked == "exact")
-        if obstacle is None:
-            with others_frozen(model, parameters) as others, twice_differentiable_attention():
-                if others:
-                    del term  # one graph at a time
-                    term = next(loss.terms())
-                obstacle = double_backward_obstacle(term, parameters)
+        with forward_passes_evaluated(model), twice_differentiable_attention():
+            term = next(loss.terms())
+            obstacle = untrusted_operation(term, trust_python_functions=asked == "exact")
+            if obstacle is None:
+                with others_frozen(model, parameters) as others:
+                    if others:
+                        del term  # one graph at a time
+                        term = next(loss.terms())
+                    obstacle = double_backward_obstacle(term, parameters)
     if obstacle and asked == "exact":
         raise RuntimeError(
             f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
@@ -137,7 +138,7 @@ def hessian_vector_product(
     reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
     if method == "exact":
         # Attention's kernel is chosen again in the backward pass, where gradient checkpointing computes it anew.
-        with others_frozen(model, parameters), twice_differentiable_attention():
+        with others_frozen(model, parameters), forward_passes_evaluated(model), twice_differentiable_attention():
             scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
             yield product
     else:
