@@ -101,7 +101,7 @@ def bert() -> Workload:
     train = load_movie_reviews(SEED)["train"]
 
     def encode(rows: dict) -> dict:
-        return {**tokenizer(rows["text"], truncation=True, max_length=64), "labels": rows["label"]}
+        return {**tokenizer(rows["text"], truncation=True, max_length=32), "labels": rows["label"]}
 
     def model() -> nn.Module:
         set_seed(SEED)
@@ -110,7 +110,7 @@ def bert() -> Workload:
     return Workload(
         model,
         train.map(encode, batched=True, remove_columns=train.column_names),
-        DataCollatorWithPadding(tokenizer, padding="max_length", max_length=64),
+        DataCollatorWithPadding(tokenizer, padding="max_length", max_length=32),
         rho=0.01,
         batch_size=32,
         reference_size=256,
