@@ -171,6 +171,9 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
         ("Top eigenvalue of the Hessian", {"sharpness/top_eigenvalue": MEASURED, "xsam/eigenvalue": ESTIMATED}),
         ("Angle, gradient to eigenvector (°)", {"xsam/angle_degrees": ""}),
         (f"Sharpness: perturbed loss {MINUS} loss", {"xsam/sharpness": ""}),
+        ("Measured angle, gradient to eigenvector (°)", {"sharpness/gradient_angle_degrees": ""}),
+        ("Measured SAM sharpness", {"sharpness/sam_sharpness": ""}),
+        ("Measured trace of the Hessian", {"sharpness/trace": ""}),
     ]
     found = []
     for title, names in over_steps:

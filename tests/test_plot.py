@@ -74,6 +74,18 @@ def test_what_no_run_has_is_left_out(folder):
     assert measured_table(read_runs([str(folder / "stock")])) is None
 
 
+def test_measurements_logged_along_the_way(stock):
+    names = ("top_eigenvalue", "gradient_angle_degrees", "sam_sharpness", "trace")
+    line = {"step": 1, **{f"sharpness/{name}": float(i) for i, name in enumerate(names)}}
+    (stock / "trainer_state.json").write_text(json.dumps({"log_history": [line]}))
+    assert {panel.title: panel.curves[0].points for panel in panels(read_runs([str(stock)]))} == {
+        "Top eigenvalue of the Hessian": {1: 0.0},
+        "Measured angle, gradient to eigenvector (°)": {1: 1.0},
+        "Measured SAM sharpness": {1: 2.0},
+        "Measured trace of the Hessian": {1: 3.0},
+    }
+
+
 def test_table_of_what_was_measured(folder):
     rows = measured_table(read_runs([str(folder / "stock"), str(folder / "xsam")])).rows
     assert {name: cells[1] for name, cells in rows.items()} == {
