@@ -139,13 +139,14 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode within the block."""
-    training = model.training
+    """Hold the model in evaluation mode within the block, and put back each module's own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
