@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -128,6 +128,18 @@ def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None
         with torch.no_grad():
             for buffer, original in buffers:
                 buffer.copy_(original)
+
+
+@contextmanager
+def counts_undone(trainer: Any) -> Iterator[None]:
+    """Undo what losses computed within the block add to the metrics and token counts of a trainer of TRL's."""
+    kept = {
+        name: deepcopy(vars(trainer)[name]) for name in ("_metrics", "_total_train_tokens") if name in vars(trainer)
+    }
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
 
 
 def reshard(model: nn.Module) -> None:

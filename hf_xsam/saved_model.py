@@ -55,7 +55,10 @@ class SavedModel:
         Raises:
             ValueError: where there is none, or it is for another task; the message says what to do.
         """
-        adapter = find_adapter_config_file(name)
+        try:
+            adapter = find_adapter_config_file(name)
+        except (OSError, ValueError):  # for a name that cannot be one on the hub; asked for its config, it is refused
+            adapter = None
         if adapter is None:
             config = _config(name)
             return cls(name, _task(name, config.architectures or []), config, base=None)
