@@ -2,6 +2,7 @@
 
 import logging
 from copy import copy
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .replay import RandomState, counts_undone
+from .scope import parameters_in_scope
 from .sharpness import Sharpness, measure
 
 logger = logging.getLogger(__name__)
@@ -24,8 +26,8 @@ class XSAMCallback(TrainerCallback):
     `sharpness/gradient_norm`, `sharpness/top_eigenvalue`, `sharpness/gradient_angle_degrees` (between gradient and top
     eigenvector, 0 to 90), `sharpness/sam_sharpness` (L(w + rho * g / norm(g)) - L(w)) and `sharpness/trace`, for the
     trainer's reports and its `trainer_state.json`. Training goes on bit for bit as without it. With several processes
-    each measures the same examples. A measurement that fails, as on a loss that is not finite, is skipped with a
-    warning.
+    each measures the same examples. A measurement that fails, as on a loss that is not finite or for want of memory, is
+    skipped with a warning.
 
     Args:
         trainer ([`~transformers.Trainer`]):
@@ -46,7 +48,8 @@ class XSAMCallback(TrainerCallback):
             `eigen_scope`, `hvp` and `tolerance`: see [`~hf_xsam.sharpness.measure`].
 
     Raises:
-        ValueError: for a value that is not allowed, or data without a length.
+        ValueError: for a value that is not allowed, data without a length, and FSDP.
+        ImportError: without scipy.
     """
 
     def __init__(
@@ -69,6 +72,13 @@ class XSAMCallback(TrainerCallback):
                 f"XSAMCallback chooses among examples by number, which a {type(data).__name__} does not have: pass "
                 "dataset=, a list of examples."
             )
+        if trainer.is_fsdp_enabled:
+            raise ValueError("XSAMCallback cannot measure a model sharded by FSDP: use XSAMTrainer.top_eigenpair.")
+        if find_spec("scipy") is None:
+            raise ImportError("XSAMCallback finds eigenvalues by scipy: pip install 'hf_xsam[tools]'")
+        assert isinstance(trainer.model, nn.Module)
+        scope = settings.get("eigen_scope", "trainable")
+        parameters_in_scope(trainer.model, scope, "eigen_scope")  # one that matches nothing is refused now
         self._trainer, self._every, self._samples, self._data, self._rho = trainer, every, samples, data, rho
         self._settings = {"trace_samples": trace_samples, "seed": seed, **settings}
         self._batches: list[Any] | None = None
@@ -92,8 +102,8 @@ class XSAMCallback(TrainerCallback):
         self._measured_at = trainer.state.global_step
         try:
             found = self.measure()
-        except ArithmeticError as error:
-            logger.warning("Sharpness was not measured at step %d: %s", trainer.state.global_step, error)
+        except Exception as error:  # a measurement may not end a training
+            logger.warning("Sharpness was not measured at step %d: %r", trainer.state.global_step, error)
             return
         metrics = {
             "loss": found.loss,
@@ -122,7 +132,7 @@ class XSAMCallback(TrainerCallback):
             assert isinstance(loss, Tensor)  # a tuple only with return_outputs
             return loss
 
-        assert trainer.model is not None  # once it trains
+        assert isinstance(trainer.model, nn.Module)
         with counts_undone(trainer):
             return measure(
                 trainer.model,

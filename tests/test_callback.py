@@ -199,7 +199,7 @@ def test_a_measurement_that_fails_ends_no_training(tmp_path, caplog):
     trainer = train(tmp_path, callback={"samples": 8}, compute_loss_func=diverging, max_steps=1)
     assert not measured(trainer)
     assert len(logs_of(trainer)) == 1
-    assert "Sharpness was not measured at step 1: The loss is nan" in caplog.text
+    assert 'Sharpness was not measured at step 1: ArithmeticError("The loss is nan' in caplog.text
 
 
 def test_what_does_not_fit_is_named(tmp_path):
@@ -214,3 +214,8 @@ def test_what_does_not_fit_is_named(tmp_path):
     for name in ("every", "samples"):
         with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
             XSAMCallback(trainer, dataset=sentences(), **{name: 0})
+    with pytest.raises(ValueError, match="eigen_scope is 'lora', which matches no trainable parameter"):
+        XSAMCallback(trainer, dataset=sentences(), eigen_scope="lora")
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="cannot measure a model sharded by FSDP"):
+        XSAMCallback(trainer, dataset=sentences())
