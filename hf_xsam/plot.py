@@ -1,9 +1,10 @@
 """`hf-xsam plot`: runs side by side, as one figure and as one page for the browser."""
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
+from .figure import draw_figure
+from .page import page
 from .runs import RunError, measured_table, panels, read_runs
 
 FIGURE_NAME = "runs.png"
@@ -27,14 +28,9 @@ def run(arguments: PlotArguments) -> None:
     """Draw the runs into `arguments.output`, and print the paths of the two files.
 
     Raises:
-        RunError: for a run that cannot be read, runs without anything to draw, or packages that are not installed.
+        RunError: for a run that cannot be read, or runs without anything to draw.
         OSError: for a folder that cannot be written into.
     """
-    if missing := [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]:
-        raise RunError(f"hf-xsam plot needs {' and '.join(missing)}: pip install 'hf_xsam[plots]'.")
-    from .figure import draw_figure
-    from .page import page
-
     runs = read_runs(arguments.runs)
     drawn = panels(runs)
     if not drawn:

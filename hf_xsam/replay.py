@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -130,6 +130,18 @@ def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None
                 buffer.copy_(original)
 
 
+@contextmanager
+def counts_undone(trainer: Any) -> Iterator[None]:
+    """Undo what losses computed within the block add to the metrics and token counts of a trainer of TRL's."""
+    kept = {
+        name: deepcopy(vars(trainer)[name]) for name in ("_metrics", "_total_train_tokens") if name in vars(trainer)
+    }
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
 def reshard(model: nn.Module) -> None:
     """Have a model under FSDP2 hold its sharded parameters, where a forward pass alone has left it whole ones."""
     for module in model.modules():
@@ -139,13 +151,14 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode within the block."""
-    training = model.training
+    """Hold the model in evaluation mode within the block, and put back each module's own mode after it."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

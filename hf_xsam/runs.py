@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STATE_NAME = "trainer_state.json"
-SHARPNESS_NAME = "sharpness.json"
+from .checkpoint import TRAINER_STATE_NAME, checkpoints_in
+from .sharpness import FILE_NAME
 
 NOT_RESULTS = ("_runtime", "_per_second", "_preparation_time", "_num_tokens")
 MEASURED = "measured"
@@ -103,7 +103,7 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     names = distinct_names([folder.resolve() for _, folder in states.values()])
     runs = []
     for (state, folder), name in zip(states.values(), names, strict=True):
-        measured = [path for path in (folder / SHARPNESS_NAME, state.parent / SHARPNESS_NAME) if path.exists()]
+        measured = [path for path in (folder / FILE_NAME, state.parent / FILE_NAME) if path.exists()]
         runs.append(Run(name, read_history(state), read_sharpness(measured[0]) if measured else None))
     return runs
 
@@ -113,16 +113,14 @@ def find_state(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise RunError(f"There is no run at {path}; give the output_dir of a Trainer, or its {STATE_NAME}.")
-    if (path / STATE_NAME).exists():
-        return path / STATE_NAME
-    saved = [state for state in path.glob(f"checkpoint-*/{STATE_NAME}") if _step_of(state.parent) is not None]
-    if not saved:
-        raise RunError(
-            f"Neither {path} nor a checkpoint in it holds a {STATE_NAME}; give the output_dir of a Trainer that has "
-            "saved a checkpoint, or call trainer.save_state() at the end of training."
-        )
-    return max(saved, key=lambda state: _step_of(state.parent) or 0)
+        raise RunError(f"There is no run at {path}; give the output_dir of a Trainer, or its {TRAINER_STATE_NAME}.")
+    for folder in (path, *checkpoints_in(path)):
+        if (folder / TRAINER_STATE_NAME).exists():
+            return folder / TRAINER_STATE_NAME
+    raise RunError(
+        f"Neither {path} nor a checkpoint in it holds a {TRAINER_STATE_NAME}; give the output_dir of a Trainer that has "
+        "saved a checkpoint, or call trainer.save_state() at the end of training."
+    )
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
@@ -251,11 +249,6 @@ def is_number(value: Any) -> bool:
 def number(value: float) -> str:
     """Return the number with four significant digits."""
     return f"{value:#.4g}".removesuffix(".").replace("-", MINUS)
-
-
-def _step_of(checkpoint: Path) -> int | None:
-    step = checkpoint.name.removeprefix("checkpoint-")
-    return int(step) if step.isdecimal() else None
 
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -281,7 +281,7 @@ class XSAMTrainerMixin(_Trainer):
 
     def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
         model = self._unwrapped_model()
-        return parameters_in_scope(model, getattr(self.xsam_config, field), field)
+        return parameters_in_scope(model, getattr(self.xsam_config, field), f"XSAMConfig.{field}")
 
     # The Trainer's own methods, without which its checkpoints would lack X-SAM's state. They are called on every
     # process, before the checkpoint's last file is written, and once the model and its optimizer are loaded.
