@@ -38,7 +38,9 @@ STOCK, SAM, OURS, AUTHORS = "stock Trainer", "SAM", "X-SAM", "X-SAM, authors' po
 class CostArguments:
     """What to measure, and where the figures go."""
 
-    workloads: list[str] = field(default_factory=lambda: list(WORKLOADS), metadata={"help": "Of bert, vit, llama, cnn."})
+    workloads: list[str] = field(
+        default_factory=lambda: list(WORKLOADS), metadata={"help": "Of bert, vit, llama, cnn."}
+    )
     steps: int = field(default=40, metadata={"help": "Steps of a block: a multiple of every refresh interval."})
     repeats: int = field(default=5, metadata={"help": "Blocks of each contender that are timed."})
     quality_steps: int = field(default=160, metadata={"help": "Steps of the run that the eigenvector is watched in."})
@@ -108,7 +110,10 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
             shown.add_row(
                 name,
                 contender,
-                *("{median:.2f} ({min:.2f} to {max:.2f})".format(**measured[over]) for over in ("over_stock", "over_sam")),
+                *(
+                    "{median:.2f} ({min:.2f} to {max:.2f})".format(**measured[over])
+                    for over in ("over_stock", "over_sam")
+                ),
                 f"{measured['forward_backward_equivalents']:.2f}",
                 f"{measured['peak_over_stock_bytes'] / figures['trainable_bytes']:+.2f}",
                 *(f"{estimate[key]:.2f}" if estimate else "" for key in ("cosine", "captured")),

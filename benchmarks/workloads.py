@@ -152,7 +152,9 @@ def llama() -> Workload:
     recipe = CausalArguments(use_peft=True, lora_r=8, lora_alpha=16, max_length=64, packing=True)
     _, tokenizer = load_model(recipe)
     train = load_movie_reviews(SEED)["train"].select(range(1500)).remove_columns("label")
-    train = train.map(tokenize, fn_kwargs={"tokenizer": tokenizer, "recipe": recipe}, batched=True, remove_columns="text")
+    train = train.map(
+        tokenize, fn_kwargs={"tokenizer": tokenizer, "recipe": recipe}, batched=True, remove_columns="text"
+    )
     train = train.map(pack, fn_kwargs={"length": recipe.max_length}, batched=True)
 
     def model() -> nn.Module:
@@ -184,7 +186,12 @@ def cnn() -> Workload:
         rho=0.05,
         batch_size=64,
         reference_size=1024,
-        optimizer={"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05, "lr_scheduler_type": "constant"},
+        optimizer={
+            "optim": "sgd",
+            "optim_args": "momentum=0.9",
+            "learning_rate": 0.05,
+            "lr_scheduler_type": "constant",
+        },
     )
 
 

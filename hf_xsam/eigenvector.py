@@ -41,6 +41,17 @@ def random_unit_vector(parameters: Sequence[Tensor], seed: int) -> list[Tensor]:
     return scale(reciprocal_or_zero(norm(vector)), vector)
 
 
+def first_vector(gradient: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Return what to start the power iteration from where nothing is known: of norm 1, shaped like `gradient`.
+
+    It is the gradient's direction, which leans towards the top eigenvector, and a tenth of a random unit vector, so
+    that no part of the weights is left out whose gradient happens to be zero.
+    """
+    direction = scale(reciprocal_or_zero(norm(gradient)), gradient)
+    vector = [x + y / 10 for x, y in zip(direction, random_unit_vector(gradient, seed), strict=True)]
+    return scale(1 / norm(vector), vector)
+
+
 def exact_hessian_vector_product(
     losses: Callable[[], Iterable[Tensor]], parameters: Sequence[Tensor], keep_graph: bool
 ) -> HessianVectorProduct:

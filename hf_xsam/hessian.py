@@ -42,7 +42,11 @@ class Loss:
 
 
 def mean_loss(
-    accelerator: Accelerator, model: nn.Module, batch_losses: Sequence[Callable[[], Tensor]], sharded: bool
+    accelerator: Accelerator,
+    model: nn.Module,
+    batch_losses: Sequence[Callable[[], Tensor]],
+    sharded: bool,
+    weights: Sequence[float] | None = None,
 ) -> Loss:
     """Return the mean of `batch_losses`; its gradient replaces what the model's parameters have in `.grad`.
 
@@ -51,13 +55,16 @@ def mean_loss(
         model: that the losses are of, without wrappers.
         batch_losses: each computes the loss of a batch.
         sharded: whether the model's parameters are, so that its backward pass averages over the processes.
+        weights: how much each loss counts, in any unit; None is alike.
     """
+    counts = [1.0] * len(batch_losses) if weights is None else weights
+    total = sum(counts)
 
     def terms() -> Iterator[Tensor]:
-        for batch_loss in batch_losses:
+        for batch_loss, count in zip(batch_losses, counts, strict=True):
             with twice_differentiable_attention(), accelerator.autocast():
                 loss = batch_loss()
-            yield loss_scale(accelerator) * loss / len(batch_losses)
+            yield loss_scale(accelerator).to(loss.device) * loss * (count / total)
 
     def gradient(parameters: Sequence[Tensor]) -> list[Tensor]:
         model.zero_grad()
@@ -100,7 +107,7 @@ def choose_method(
                     obstacle = double_backward_obstacle(term, parameters)
     if obstacle and asked == "exact":
         raise RuntimeError(
-            f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
+            f"hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
             "Use hvp='finite_difference' or hvp='auto'."
         )
     exact = holds_everywhere(accelerator, torch.tensor(obstacle is None, device=accelerator.device))

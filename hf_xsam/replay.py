@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -157,6 +157,18 @@ def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None
                 buffer.copy_(original)
 
 
+@contextmanager
+def counts_undone(trainer: Any) -> Iterator[None]:
+    """Undo what losses computed within the block add to the metrics and token counts of a trainer of TRL's."""
+    kept = {
+        name: deepcopy(vars(trainer)[name]) for name in ("_metrics", "_total_train_tokens") if name in vars(trainer)
+    }
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
 def reshard(model: nn.Module) -> None:
     """Have a model under FSDP2 hold its sharded parameters, where a forward pass alone has left it whole ones."""
     for module in model.modules():
@@ -165,14 +177,22 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode within the block."""
-    training = model.training
-    model.eval()
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Put each module back, after the block, into training or evaluation mode as it was."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold the model in evaluation mode within the block."""
+    with modes_restored(model):
+        model.eval()
+        yield
 
 
 @contextmanager
@@ -188,14 +208,12 @@ def forward_passes_evaluated(model: nn.Module) -> Iterator[None]:
         for part in module.modules():
             part.training = part.training and getattr(part, "gradient_checkpointing", False)
 
-    modes = [(module, module.training) for module in model.modules()]
-    handle = model.register_forward_pre_hook(evaluate)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for module, training in modes:
-            module.training = training
+    with modes_restored(model):
+        handle = model.register_forward_pre_hook(evaluate)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @contextmanager

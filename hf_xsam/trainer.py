@@ -14,7 +14,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from .checkpoint import last_complete_checkpoint, load_state, save_state
 from .config import XSAMConfig
 from .correction import corrected_gradient
-from .eigenvector import HessianVectorProduct, power_iteration, random_unit_vector
+from .eigenvector import HessianVectorProduct, first_vector, power_iteration, random_unit_vector
 from .hessian import Loss, choose_method, hessian_vector_product, mean_loss
 from .hub import PushCallback, refusal_explained
 from .metrics import Advice, RunningMeans, alignment
@@ -34,7 +34,7 @@ from .replay import (
 from .scope import parameters_in_scope, trainable_parameters
 from .state import XSAMState
 from .support import refuse_unsupported
-from .tensors import add_scaled, is_sharded, norm, reciprocal_or_zero, scale
+from .tensors import is_sharded, norm, scale
 
 # The first refresh starts far from the eigenvector; all later ones where the last has left off.
 FIRST_ITERATIONS = 10
@@ -170,7 +170,8 @@ class XSAMTrainerMixin(_Trainer):
         )
         start, iterations = state.warm_start(scope), self.xsam_config.power_iterations
         if start is None:
-            start, iterations = self._first_vector(gradient, local), iterations + FIRST_ITERATIONS
+            whole = self.accelerator.reduce(gradient, reduction="mean") if local else gradient
+            start, iterations = first_vector(whole, self.args.seed), iterations + FIRST_ITERATIONS
         with self._hessian_vector_product(loss, parameters, gradient) as product:
             estimate = power_iteration(product, start, iterations, state.shift, self.xsam_config.eigen_momentum)
         if not estimate.is_finite():
@@ -179,14 +180,6 @@ class XSAMTrainerMixin(_Trainer):
         state.eigenvalue, state.shift = estimate.value, estimate.shift
         state.refreshed_at = self.state.global_step
         return True
-
-    def _first_vector(self, gradient: Sequence[Tensor], gradient_is_local: bool) -> list[Tensor]:
-        """Return the gradient's direction, for it leans towards the top eigenvector, and a tenth of a random one's."""
-        if gradient_is_local:
-            gradient = self.accelerator.reduce(list(gradient), reduction="mean")
-        direction = scale(reciprocal_or_zero(norm(gradient)), gradient)
-        vector = add_scaled(direction, torch.tensor(0.1), random_unit_vector(gradient, self.args.seed))
-        return scale(1 / norm(vector), vector)
 
     def _hessian_vector_product(
         self, loss: Loss, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None = None
@@ -295,7 +288,7 @@ class XSAMTrainerMixin(_Trainer):
 
     def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
         model = self._unwrapped_model()
-        return parameters_in_scope(model, getattr(self.xsam_config, field), field)
+        return parameters_in_scope(model, getattr(self.xsam_config, field), f"XSAMConfig.{field}")
 
     # The Trainer's own methods, without which its checkpoints would lack X-SAM's state. They are called on every
     # process, before the checkpoint's last file is written, and once the model and its optimizer are loaded.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from shutil import copytree
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -17,10 +18,12 @@ from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from hf_xsam import XSAMConfig
+from hf_xsam import cli as command_line
 
 from .cases import tiny_bert
 from .fake_hub import Repository
 from .helpers import examples_of, save_tiny_language_model
+from .runs_on_disk import trained_runs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -141,6 +144,12 @@ def test_shell(words, tmp_path, monkeypatch):
             launch = launch_command_parser().parse_args(arguments)
             assert launch.config_file is None or (ROOT / launch.config_file).is_file()
             parse_only(launch.training_script, launch.training_script_args, monkeypatch)
+        case ["hf-xsam", "plot", *arguments]:
+            trained_runs(tmp_path / "trained")
+            for run in arguments[: arguments.index("--output")]:
+                copytree(tmp_path / "trained" / "xsam", tmp_path / run)
+            monkeypatch.chdir(tmp_path)
+            command_line.main(["plot", *arguments])
         case _:
             pytest.fail(f"no test knows how to run {shlex.join(words)}")
 
