@@ -3,8 +3,9 @@
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --workloads bert cnn --repeats 3
 
-All contenders are timed in one process, in turn. On the CPU the time is the process's own processor seconds, which other
-programs on the machine disturb little. Operations and tensors' memory are counted, and are the same on every machine.
+All contenders are timed in one process, in turn. On the CPU the time is the process's own processor seconds, which
+other programs on the machine disturb little. Operations and tensors' memory are counted, and are the same on every
+machine.
 """
 
 import json

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-from causal_lm import CausalArguments, pack, tokenize
+from causal_lm import CausalArguments, pack
 from embedded import minilm_folder
 from language_model import load_model, lora_config
-from movie_reviews import load_movie_reviews
 from peft import get_peft_model
+
+from hf_xsam.data.encoding import encode_language
+from hf_xsam.data.movie_reviews import load_movie_reviews
 
 SEED = 0
 
@@ -82,7 +85,7 @@ class ConvNet(nn.Module):
         self.layers = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-                for a, b in zip(channels, channels[1:], strict=False)
+                for a, b in pairwise(channels)
             ),
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
@@ -152,9 +155,8 @@ def llama() -> Workload:
     recipe = CausalArguments(use_peft=True, lora_r=8, lora_alpha=16, max_length=64, packing=True)
     _, tokenizer = load_model(recipe)
     train = load_movie_reviews(SEED)["train"].select(range(1500)).remove_columns("label")
-    train = train.map(
-        tokenize, fn_kwargs={"tokenizer": tokenizer, "recipe": recipe}, batched=True, remove_columns="text"
-    )
+    options = {"tokenizer": tokenizer, "columns": ("text",), "max_length": None}
+    train = train.map(encode_language, fn_kwargs=options, batched=True, remove_columns="text")
     train = train.map(pack, fn_kwargs={"length": recipe.max_length}, batched=True)
 
     def model() -> nn.Module:
