@@ -56,7 +56,7 @@ class Watch(TrainerCallback):
         sample = self.workload.dataset.shuffle(seed=SEED).select(range(self.workload.reference_size))
         sample = sample.with_format(self.workload.dataset.format["type"])
         loader = DataLoader(sample, self.workload.batch_size, collate_fn=self.workload.collator)
-        return measure(model, loader, top_k=TOP)
+        return measure(model, loader, top_k=TOP, tolerance=1e-2, trace_samples=0, rhos=(), distances=(), progress=False)
 
 
 def quality(workload: Workload, configs: dict[str, XSAMConfig], folder: str, steps: int, every: int) -> dict[str, Any]:

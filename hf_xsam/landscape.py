@@ -111,7 +111,7 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Raises:
         ValueError: where it computes none.
     """
-    if "labels" not in batch or (loss := model(**batch).loss) is None:
+    if "labels" not in batch or (loss := model(**batch).get("loss")) is None:
         raise ValueError("The model gives no loss: its batches need `labels`. For another loss, pass compute_loss.")
     return loss
 
