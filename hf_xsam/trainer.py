@@ -57,12 +57,16 @@ class XSAMTrainerMixin(_Trainer):
             Passed on to the trainer.
 
     Attributes:
+        rows_are_examples: whether each row of a batch is an example of its own, as it must be for a part of the batch
+            to have a loss like the whole's; to be set to `False` by trainers of, say, pairs in different rows.
         xsam_config: the settings.
         xsam_state ([`~hf_xsam.state.XSAMState`]): eigenvector, eigenvalue and step count.
 
     Raises:
         ValueError: for a set-up that X-SAM cannot work with, with what to use instead.
     """
+
+    rows_are_examples = True
 
     def __init__(self, *args: Any, xsam_config: XSAMConfig | None = None, **kwargs: Any) -> None:
         if not isinstance(xsam_config, XSAMConfig | None):
@@ -161,12 +165,12 @@ class XSAMTrainerMixin(_Trainer):
         if not all_finite(self.accelerator, [norm(gradient)]):
             return False
         local = self.xsam_config.ascent == "local"
-        part = replay.part(self.xsam_config.eigen_batch_fraction)
+        part = replay.part(self.xsam_config.eigen_batch_fraction, self.rows_are_examples)
         loss = Loss(
-            terms=part.losses,
+            terms=lambda: replay.losses(part),
             gradient=lambda parameters: replay.gradient(parameters, synchronize=not local),
             gradient_is_local=local,
-            single_term=len(part.micro_batches) == 1,
+            single_term=len(part) == 1,
         )
         start, iterations = state.warm_start(scope), self.xsam_config.power_iterations
         if start is None:
