@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from collectives import CollectiveCounter
 from contenders import TrainerContender, xsam
+from scaling_sizes import LENGTH, MICRO_BATCH, SIZES, VOCABULARY
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
@@ -25,42 +26,42 @@ from workloads import SEED, Workload
 from hf_xsam import XSAMConfig
 
 STEPS = XSAMConfig().eigen_interval  # of a block: one refresh
-MICRO_BATCH, LENGTH, VOCABULARY = 4, 32, 1024
-# By name: width, layers, width within the MLP.
-SIZES = {
-    "1M": (128, 4, 384),
-    "4M": (256, 4, 768),
-    "16M": (512, 4, 1536),
-    "60M": (1024, 4, 3072),
-    "135M": (1024, 10, 3072),
-}
 
 
-class ProcessorTimes(TrainerCallback):
-    """Notes the seconds that a step keeps this process's threads busy, which other programs lengthen little."""
+CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
+
+
+class Clocks(TrainerCallback):
+    """Notes each step's wall-clock seconds, and those for which it kept this process's threads busy."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
+        self.seconds: dict[str, list[float]] = {}
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Forget the block before."""
+        self.seconds = {name: [] for name in CLOCKS}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Start the clock."""
-        self.began = time.process_time()
+        """Start the clocks."""
+        self.began = {name: clock() for name, clock in CLOCKS.items()}
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stop it."""
-        self.seconds.append(time.process_time() - self.began)
+        """Stop them."""
+        for name, clock in CLOCKS.items():
+            self.seconds[name].append(clock() - self.began[name])
 
 
 def model_config(size: str) -> LlamaConfig:
     """Return a Llama of about as many parameters as `size` says."""
-    width, layers, inner = SIZES[size]
+    sizes = SIZES[size]
     return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        intermediate_size=inner,
-        num_attention_heads=width // 64,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.layers,
+        intermediate_size=sizes.inner,
+        num_attention_heads=sizes.width // 64,
         tie_word_embeddings=True,
+        attn_implementation="eager",  # matrix products that the flop counter knows, in every pass
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -96,27 +97,27 @@ def measure(point: dict[str, Any], folder: str) -> dict[str, Any]:
             "X-SAM": xsam(XSAMConfig(rho=task.rho)),
         }.items()
     }
-    clocks = {name: ProcessorTimes() for name in made}
+    clocks = {name: Clocks() for name in made}
     for name, contender in made.items():
         contender.trainer.add_callback(clocks[name])
         contender.block()  # not counted: the first refresh makes more iterations
-    times: dict[str, dict[str, list[float]]] = {name: {"processor": [], "wall": []} for name in made}
+    times: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in CLOCKS} for name in made}
     names = list(made)
     for repeat in range(point["repeats"]):
         for name in names[repeat % 3 :] + names[: repeat % 3]:
-            clocks[name].seconds = []
-            times[name]["wall"].append(mean(made[name].block()))
-            times[name]["processor"].append(over_processes(mean(clocks[name].seconds)))
+            made[name].block()
+            for clock, seconds in clocks[name].seconds.items():
+                times[name][clock].append(over_processes(mean(seconds)))
     parameters = sum(p.numel() for p in made["SAM"].trainer.model.parameters())
     return {
         **point,
         "parameters": parameters,
         "contenders": {
             name: {
-                **{f"{clock}_seconds": median(times[name][clock]) for clock in ("processor", "wall")},
+                **{f"{clock}_seconds": median(times[name][clock]) for clock in CLOCKS},
                 **{
                     f"{clock}_over_{short}": ratios(times[name][clock], times[reference][clock])
-                    for clock in ("processor", "wall")
+                    for clock in CLOCKS
                     for short, reference in (("stock", "stock Trainer"), ("sam", "SAM"))
                 },
                 **(counted(made[name]) if point.get("count", True) else {}),
