@@ -73,9 +73,41 @@ def held_out(point: dict[str, Any], size: str, processes: int) -> bool:
     return (point["size"] == size and point["processes"] == 1) or point["processes"] == processes
 
 
+def points() -> list[dict[str, Any]]:
+    """Return what scaling.py has measured."""
+    return json.loads(RESULTS.read_text())["points"]
+
+
+def measured() -> str:
+    """Return the ratios that scaling.py measured, in Markdown."""
+    heads = "parameters", "micro-batches", "processes", "SAM / AdamW", "X-SAM / AdamW", "X-SAM / SAM"
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- | --- | --- | --- | --- |"]
+    for point in points():
+        cells = [f"{point['parameters']:,}", str(point["micro_batches"]), str(point["processes"])]
+        for name, reference in (("SAM", "stock"), ("X-SAM", "stock"), ("X-SAM", "sam")):
+            ratio = point["contenders"][name][f"processor_over_{reference}"]
+            cells.append(f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def breakdown() -> str:
+    """Return what X-SAM adds to SAM's step by each constant, in percent of it, in Markdown; by a fit to all."""
+    every = samples(points())
+    constants = fit(every)
+    lines = ["| parameters, micro-batches | flops | vectors | calls | together |", "| --- | --- | --- | --- | --- |"]
+    for size, micro_batches in (("1M", 1), ("1M", 32), ("16M", 1), ("16M", 32), ("135M", 1), ("135M", 32)):
+        sam, xsam = (amounts(policy, SIZES[size], micro_batches, 1) for policy in policies(exact=True)[1:3])
+        whole = sum(sam[name] * constants[name] for name in CONSTANTS)
+        parts = [(xsam[name] - sam[name]) * constants[name] / whole for name in ("flop", "vector", "launch")]
+        cells = [f"{part:+.0%}" for part in [*parts, sum(parts)]]
+        lines.append(f"| {SIZES[size].trainable:,}, {micro_batches} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def report(size: str = "16M", processes: int = 4) -> str:
     """Return two tables in Markdown: the constants, and measured against predicted where the fit has not looked."""
-    all_samples = samples(json.loads(RESULTS.read_text())["points"])
+    all_samples = samples(points())
     constants = fit([sample for sample in all_samples if not held_out(sample.point, size, processes)])
     lines = ["| constant | fitted |", "| --- | --- |"]
     for name, (meaning, unit, factor) in CONSTANTS.items():

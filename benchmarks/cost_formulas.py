@@ -159,19 +159,27 @@ def ddp_traffic(policy: Policy, trainable: int, number_bytes: int = 4) -> tuple[
 def fsdp_traffic(
     policy: Policy, model: Llama, micro_batches: int, gathered_bytes: int = 2, reduced_bytes: int = 4
 ) -> dict[str, float]:
-    """Return a step's collectives under FSDP2 with a unit a block and one for the rest, and their whole tensors' bytes.
+    """Return the bytes of whole tensors that a step gathers and scatters under FSDP2; (W - 1) / W of them travel.
 
-    Each unit is gathered in the forward and again in the backward pass of every micro-batch, the root but once:
-    (2 L + 1) A gradients all-gathers of 2 N A gradients * `gathered_bytes`. Gradients are scattered once a step's
-    gradient: (L + 1) gradients reduce-scatters of P gradients * `reduced_bytes`. Of each, (W - 1) / W leaves a process.
+    Weights are gathered in the forward and in the backward pass of every micro-batch, 2 N A gradients *
+    `gathered_bytes`, and gradients scattered once each, P gradients * `reduced_bytes`. (The root's are gathered once.)
     """
     everything = model.base + model.adapters
     return {
-        "all_gathers": (2 * model.layers + 1) * micro_batches * policy.gradients,
         "gathered_bytes": 2 * everything * micro_batches * policy.gradients * gathered_bytes,
-        "reduce_scatters": (model.layers + 1) * policy.gradients,
         "scattered_bytes": model.trainable * policy.gradients * reduced_bytes,
     }
+
+
+def fsdp_collectives(policy: Policy, units: int, micro_batches: int) -> tuple[float, float]:
+    """Return a step's all-gathers and reduce-scatters under FSDP2: (2 U - 1) A gradients, and U gradients.
+
+    Args:
+        policy: how a step's gradient is made.
+        units: U, the modules that are gathered as one: each block, and the root, which backward finds still gathered.
+        micro_batches: A.
+    """
+    return (2 * units - 1) * micro_batches * policy.gradients, units * policy.gradients
 
 
 def extra_copies(policy: Policy) -> tuple[int, int]:

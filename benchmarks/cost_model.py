@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cost_fit import report
+from cost_fit import breakdown, measured, report
 from cost_formulas import (
     Llama,
     Policy,
@@ -160,7 +160,14 @@ def settings_table() -> str:
 
 def tables() -> dict[str, str]:
     """Return each generated part of the page by the name of its markers."""
-    return {"fit": report(), "full finetuning": table(0), "LoRA": table(RANK), "settings": settings_table()}
+    return {
+        "measured": measured(),
+        "breakdown": breakdown(),
+        "fit": report(),
+        "full finetuning": table(0),
+        "LoRA": table(RANK),
+        "settings": settings_table(),
+    }
 
 
 def filled(page: str) -> str:

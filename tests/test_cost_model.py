@@ -3,7 +3,7 @@
 import pytest
 import torch
 from contenders import TrainerContender, xsam
-from cost_formulas import Llama, ddp_traffic, extra_copies, flops, fsdp_traffic, policies, step_flops
+from cost_formulas import Llama, ddp_traffic, extra_copies, flops, fsdp_collectives, policies, step_flops
 from cost_model import PAGE, filled
 from memory import peak_tensor_memory
 from peft import LoraConfig, get_peft_model
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_xsam import XSAMConfig
 
-from .test_distributed import SAM, XSAM, case, launch
+from .test_distributed import SAM, case, launch
 
 NAMES = {"AdamW": "stock Trainer", "SAM": "SAM", "X-SAM": "X-SAM"}
 
@@ -52,6 +52,16 @@ def test_flops_of_passes(rank, key_heads):
     with FlopCounterMode(display=False) as double:
         torch.autograd.grad(gradients, parameters, [torch.ones_like(part) for part in gradients])
     assert (gradient.get_total_flops(), double.get_total_flops()) == flops(sizes, tokens.numel(), 16)
+
+
+def test_collectives_of_fsdp2(tmp_path):
+    cases = {"AdamW": case(None, 2, strategy="fsdp2"), "SAM": case(SAM, 2, strategy="fsdp2")}
+    counted, steps = launch(2, cases, tmp_path)[0], 4
+    stock, sam, _, _ = policies(exact=False)
+    of_sam, of_stock = (fsdp_collectives(p, counted["SAM"]["units"], micro_batches=2) for p in (sam, stock))
+    for kind, more, less in zip(("gathers", "scatters"), of_sam, of_stock, strict=True):
+        # Beyond them, either gathers a few numbers: losses to log.
+        assert counted["SAM"][kind] - counted["AdamW"][kind] == steps * (more - less)
 
 
 def test_memory(tmp_path):
