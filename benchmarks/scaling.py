@@ -134,7 +134,7 @@ def plot(measured: list[dict[str, Any]], path: Path) -> None:
         panel.set_xscale("log", base=10 if axis == "parameters" else 2)
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("processor seconds of a step over the stock Trainer's")
+    panels[0].set_ylabel("processor seconds over the stock Trainer's")
     panels[0].set_ylim(bottom=0)
     panels[0].legend()
     figure.savefig(path, dpi=120)
