@@ -118,8 +118,8 @@ def find_state(path: Path) -> Path:
         if (folder / TRAINER_STATE_NAME).exists():
             return folder / TRAINER_STATE_NAME
     raise RunError(
-        f"Neither {path} nor a checkpoint in it holds a {TRAINER_STATE_NAME}; give the output_dir of a Trainer that has "
-        "saved a checkpoint, or call trainer.save_state() at the end of training."
+        f"Neither {path} nor a checkpoint in it holds a {TRAINER_STATE_NAME}; give the output_dir of a Trainer that "
+        "has saved a checkpoint, or call trainer.save_state() at the end of training."
     )
 
 
