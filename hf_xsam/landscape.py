@@ -98,11 +98,10 @@ class Landscape:
                 losses.append(self.loss())
         return Slice([float(distance) for distance in distances], losses)
 
-    def sam_sharpness(self, gradient: Sequence[Tensor], rho: float) -> float:
-        """Return L(w + rho * g / norm(g)) - L(w) for the gradient g; the weights are put back exactly."""
-        here = self.loss()
+    def perturbed_loss(self, gradient: Sequence[Tensor], rho: float) -> float:
+        """Return L(w + rho * g / norm(g)) for the gradient g; the weights are put back exactly."""
         with perturbed(self._parameters, ascent_perturbation(self._parameters, gradient, rho)):
-            return self.loss() - here
+            return self.loss()
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
