@@ -4,6 +4,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.eigenvector import first_vector
@@ -12,8 +13,6 @@ from hf_xsam.tensors import dot, norm
 
 from .helpers import arguments, examples_of, logs_of, run
 from .test_trainer import BatchNormClassifier, MeanLossTrainer, bert, llama, padded_text, points, sentences
-
-CONVERGED = {"power_iterations": 300, "eigen_momentum": 0.0, "hvp": "exact", "alpha": 1.0, "rho": 0.1}
 
 
 def micro_batches(count, rows, **other):
@@ -74,24 +73,23 @@ class TestPart:
         batch = {name: column[:1].repeat_interleave(16, 0) for name, column in batch.items()}
 
         def eigenvalue(fraction):
-            config = XSAMConfig(**{**CONVERGED, "power_iterations": 3}, eigen_batch_fraction=fraction)
+            config = XSAMConfig(hvp="exact", eigen_batch_fraction=fraction)
             settings = {"per_device_train_batch_size": 16 // accumulation, "max_steps": 1}
             settings["gradient_accumulation_steps"] = accumulation
             trainer = run(build().double(), batch, tmp_path, config, trainer_class, **settings)
             return trainer.xsam_state.eigenvalue
 
-        torch.testing.assert_close(eigenvalue(fraction), eigenvalue(1.0), rtol=1e-9, atol=0)
+        # Transformers computes a language model's loss in float32.
+        tolerance = 1e-9 if build is bert else 1e-5
+        torch.testing.assert_close(eigenvalue(fraction), eigenvalue(1.0), rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize("build", [lambda: bert(0.3), lambda: BatchNormClassifier()], ids=["dropout", "batch norm"])
-def test_products_are_in_evaluation_mode_on_the_first_rows(tmp_path, build):
-    batch = sentences() if "Bert" in type(build()).__name__ else points()
-    torch.manual_seed(0)
-    model = build().double()
-    batch = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
-    settings = {"args": arguments(tmp_path, max_steps=1, per_device_train_batch_size=16)}
-    config = XSAMConfig(**CONVERGED, eigen_batch_fraction=0.25)
-    trainer = XSAMTrainer(model=model, train_dataset=examples_of(batch), xsam_config=config, **settings)
+@pytest.mark.parametrize(
+    ("build", "batch"),
+    [(lambda: bert(0.3), sentences()), (BatchNormClassifier, points())],
+    ids=["dropout", "batch norm"],
+)
+def test_products_are_in_evaluation_mode_on_the_first_rows(tmp_path, build, batch):
     first = {}
 
     class Watching(XSAMTrainer):
@@ -99,14 +97,30 @@ def test_products_are_in_evaluation_mode_on_the_first_rows(tmp_path, build):
             first.update({name: column[:4].clone() for name, column in inputs.items()})
             return super().training_step(model, inputs, *args, **kwargs)
 
-    watching = Watching(model=model, train_dataset=examples_of(batch), xsam_config=config, **settings)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    watching.train()
-    found = dict(watching.xsam_state.eigenvector), watching.xsam_state.eigenvalue
-    model.load_state_dict(start)
-    vector, eigenvalue = trainer.top_eigenpair([first], iterations=300)
-    assert found[1].item() == pytest.approx(eigenvalue, rel=1e-6)
-    assert abs(dot(list(found[0].values()), [vector[name] for name in found[0]]).item()) == pytest.approx(1, abs=1e-6)
+    batch = {name: column.double() if column.is_floating_point() else column for name, column in batch.items()}
+    model = build().double()
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    direction = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    trainer = Watching(
+        model=model,
+        args=arguments(tmp_path, max_steps=1, per_device_train_batch_size=16),
+        train_dataset=examples_of(batch),
+        xsam_config=XSAMConfig(hvp="exact", eigen_batch_fraction=0.25),
+    )
+    trainer.xsam_state.eigenvector = direction  # a warm start, so that there is one product: the quotient is <v, H v>
+    trainer.train()
+
+    model.load_state_dict(weights, strict=False)  # with batch norm's statistics as the step's first pass left them
+    model.eval()
+    parameters = list(model.parameters())
+    v = [direction[name] / norm(direction.values()) for name in weights]
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = model(**first)["loss"]
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    along = sum((g * x).sum() for g, x in zip(gradient, v, strict=True) if g is not None)
+    product = torch.autograd.grad(along, parameters, allow_unused=True)
+    expected = sum((h * x).sum() for h, x in zip(product, v, strict=True) if h is not None)
+    assert trainer.xsam_state.eigenvalue.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 class TestForwardPassesEvaluated:
@@ -150,12 +164,17 @@ class TestFirstVector:
         assert all((part != 0).all() for part in vector)
 
 
-def test_the_first_refresh_finds_the_eigenvector_and_the_later_ones_follow(tmp_path):
-    """One iteration each of a run, on all examples: after its first step v is the top eigenvector already."""
-    batch = sentences()
+def test_the_first_refresh_finds_the_eigenvector_and_later_ones_follow_it(tmp_path):
+    """With one power iteration a refresh, on all examples."""
     config = XSAMConfig(rho=0.01, alpha=1e-9, eigen_interval=1, eigen_batch_fraction=1.0, hvp="exact")
-    settings = {"per_device_train_batch_size": 16, "num_train_epochs": 40, "learning_rate": 1e-3}
-    trainer = run(bert().double(), batch, tmp_path, config, MeanLossTrainer, **settings)
-    _, eigenvalue = trainer.top_eigenpair([batch], iterations=300)
-    assert logs_of(trainer)[-1]["xsam/eigenvalue"] == pytest.approx(eigenvalue, rel=0.05)
-    assert logs_of(trainer)[0]["xsam/eigenvalue"] > 0.5 * eigenvalue
+    settings = {"per_device_train_batch_size": 16, "learning_rate": 1e-3}
+
+    def eigenvalue_and_measured(epochs):
+        trainer = run(
+            bert().double(), sentences(), tmp_path, config, MeanLossTrainer, num_train_epochs=epochs, **settings
+        )
+        return logs_of(trainer)[-1]["xsam/eigenvalue"], trainer.top_eigenpair([sentences()], iterations=200)[1]
+
+    for epochs in (1, 40):
+        estimated, measured = eigenvalue_and_measured(epochs)
+        assert estimated == pytest.approx(measured, rel=0.1)
