@@ -7,7 +7,6 @@ The first prints them, the second puts them between the page's markers. Nothing 
 """
 
 import argparse
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from cost_formulas import (
     step_flops,
     vectors,
 )
+from pages import filled
 
 from hf_xsam import XSAMConfig
 
@@ -170,24 +170,12 @@ def tables() -> dict[str, str]:
     }
 
 
-def filled(page: str) -> str:
-    """Return the page with what stands between each pair of markers made anew."""
-    for name, text in tables().items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        page, count = re.subn(f"{begin}.*?{end}", lambda _, b=begin, e=end, t=text: f"{b}\n{t}\n{e}", page, flags=re.S)
-        if count != 1:
-            raise ValueError(
-                f"{PAGE.name} has the markers {begin!r} and {end!r} {count} times; it must have them once."
-            )
-    return page
-
-
 def main() -> None:
     """Print the tables, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"put them into docs/{PAGE.name}")
     if parser.parse_args().write:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(filled(PAGE, tables()), encoding="utf-8")
     else:
         print("\n\n".join(f"{name}\n\n{text}" for name, text in tables().items()))
 

@@ -8,6 +8,7 @@ other programs on the machine disturb little. Operations and tensors' memory are
 machine.
 """
 
+import io
 import json
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,8 @@ import matplotlib
 from contenders import Contender, contenders
 from eigenvector_quality import quality
 from memory import peak_tensor_memory
+from pages import filled
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,6 +35,8 @@ from hf_xsam import XSAMConfig
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+PAGE = Path(__file__).parent / "README.md"
+RESULTS = Path(__file__).parent / "results"
 STOCK, SAM, OURS, AUTHORS = "stock Trainer", "SAM", "X-SAM", "X-SAM, authors' policy"
 
 
@@ -47,7 +52,7 @@ class CostArguments:
     quality_steps: int = field(default=160, metadata={"help": "Steps of the run that the eigenvector is watched in."})
     quality_every: int = field(default=16, metadata={"help": "Steps between two comparisons with the reference."})
     output: str = field(
-        default=str(Path(__file__).parent / "results"), metadata={"help": "Folder for step_cost.json and .png."}
+        default=str(RESULTS), metadata={"help": "Folder for step_cost.json and .png; the default fills README.md too."}
     )
 
 
@@ -122,6 +127,14 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     return shown
 
 
+def markdown(table: Table) -> str:
+    """Return the table as a page has it."""
+    table.box = box.MARKDOWN
+    with Console(width=200, file=io.StringIO()) as console, console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().strip().splitlines())
+
+
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the step times over the stock Trainer's, a panel a model."""
     figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 3), sharey=True, squeeze=False)
@@ -153,6 +166,8 @@ def main() -> None:
         file.write_text(json.dumps(results, indent=1) + "\n")
     plot(results, output / "step_cost.png")
     Console(width=160).print(table(results))
+    if output == RESULTS:
+        PAGE.write_text(filled(PAGE, {"step cost": markdown(table(results))}), encoding="utf-8")
 
 
 if __name__ == "__main__":
