@@ -173,10 +173,10 @@ class StepClock(TrainerCallback):
 def top_eigenvalue(trainer: Trainer, task: Task) -> float:
     """Return the top eigenvalue of the training loss, in evaluation mode, on the task's fixed sample.
 
-    The measure is the same whatever trained the model: of all trainable weights, by Hessian-vector products with
-    the library's defaults.
+    The measure is the same whatever trained the model: of all trainable weights, from one random start.
     """
-    measuring = XSAMTrainer(model=trainer.model, args=replace(trainer.args, seed=0))
+    config = XSAMConfig(hvp=task.curvature_hvp)
+    measuring = XSAMTrainer(model=trainer.model, args=replace(trainer.args, seed=0), xsam_config=config)
     measuring.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs
     size = task.curvature_batch_size
     starts = range(0, task.curvature_batches * size, size)
