@@ -19,6 +19,7 @@ def oldest(session: nox.Session) -> None:
         "model_card",
         "precision",
         "scope",
+        "sharpness",
         "trainer",
     )
     # The stock Trainer of transformers 5.0 does not equal its uninterrupted run bit for bit when it resumes.

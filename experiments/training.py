@@ -1,9 +1,10 @@
 """One run: train a task in a mode, then measure the model. The record that it returns is what a result file holds."""
 
+import math
 import platform
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from tasks import TASKS, Prepared, Task
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_xsam import XSAMConfig, XSAMTrainer
+from hf_xsam.sharpness import measure
 
 # XSAMConfig's fields of each mode, None for the stock Trainer. The corrections keep the gradient's norm, so that they
 # differ from SAM along the eigenvector alone; "paper" is Eq. 11 as published, which sets the norm to about 1.
@@ -29,7 +31,7 @@ MODES: dict[str, dict[str, Any] | None] = {
 }
 LONG = "_long"  # "stock_long", "sam_long": as many steps of that mode as cost what X-SAM's run costs
 ALL_MODES = [*MODES, "stock" + LONG, "sam" + LONG]
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "scikit-learn", "numpy")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "scikit-learn", "scipy", "numpy")
 
 
 @dataclass(frozen=True)
@@ -171,17 +173,19 @@ class StepClock(TrainerCallback):
 
 
 def top_eigenvalue(trainer: Trainer, task: Task) -> float:
-    """Return the top eigenvalue of the training loss, in evaluation mode, on the task's fixed sample.
+    """Return the top eigenvalue of the training loss, in evaluation mode, on the task's fixed sample, as one batch.
 
-    The measure is the same whatever trained the model: of all trainable weights, from one random start.
+    The measure is the same whatever trained the model: of all trainable weights, by Lanczos from one random start. It
+    is nan where there is none to be found, for a run that diverged.
     """
-    config = XSAMConfig(hvp=task.curvature_hvp)
-    measuring = XSAMTrainer(model=trainer.model, args=replace(trainer.args, seed=0), xsam_config=config)
-    measuring.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs
-    size = task.curvature_batch_size
-    starts = range(0, task.curvature_batches * size, size)
-    batches = [trainer.data_collator([trainer.train_dataset[i] for i in range(s, s + size)]) for s in starts]
-    return measuring.top_eigenpair(batches, iterations=task.curvature_iterations)[1]
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(task.curvature_sample)])
+    without = {"trace_samples": 0, "rhos": (), "distances": (), "progress": False}
+    try:
+        # The eigenvalue's error is of the order of the residual's square: within 0.01% on these tasks.
+        found = measure(trainer.model, [batch], top_k=1, hvp=task.curvature_hvp, tolerance=0.01, **without)
+    except ArithmeticError:
+        return math.nan
+    return found.eigenvalues[0]
 
 
 def first(examples: Any, count: int) -> Any:

@@ -169,6 +169,13 @@ def _warn_of_differences(
         )
 
 
+def checkpoints_in(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the Trainer's checkpoints in `folder`, the newest first."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    numbered = [path for path in Path(folder).glob(f"{prefix}*") if path.name[len(prefix) :].isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name[len(prefix) :]), reverse=True)
+
+
 def last_complete_checkpoint(folder: str) -> str:
     """Return the newest checkpoint in `folder` that was written to its end; warn of those passed over.
 
@@ -178,9 +185,7 @@ def last_complete_checkpoint(folder: str) -> str:
     Raises:
         ValueError: where there is none.
     """
-    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
-    numbered = [path for path in Path(folder).glob(f"{prefix}*") if path.name[len(prefix) :].isdecimal()]
-    for path in sorted(numbered, key=lambda path: int(path.name[len(prefix) :]), reverse=True):
+    for path in checkpoints_in(folder):
         if _is_complete(path):
             return str(path)
         logger.warning("%s is passed over: saving it was interrupted.", path)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .perturbation import perturbed
-from .tensors import add_scaled, dot, norm, reciprocal_or_zero, scale, shard_like, wide_dtype
+from .tensors import dot, norm, reciprocal_or_zero, scale, shard_like, wide_dtype
 
 HessianVectorProduct = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -39,6 +39,17 @@ def random_unit_vector(parameters: Sequence[Tensor], seed: int) -> list[Tensor]:
         whole = torch.randn(parameter.shape, generator=generators[device], dtype=wide_dtype(parameter), device=device)
         vector.append(shard_like(whole, parameter))
     return scale(reciprocal_or_zero(norm(vector)), vector)
+
+
+def first_vector(gradient: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Return what to start the power iteration from where nothing is known: of norm 1, shaped like `gradient`.
+
+    It is the gradient's direction, which leans towards the top eigenvector, and a tenth of a random unit vector, so
+    that no part of the weights is left out whose gradient happens to be zero.
+    """
+    direction = scale(reciprocal_or_zero(norm(gradient)), gradient)
+    vector = [x + y / 10 for x, y in zip(direction, random_unit_vector(gradient, seed), strict=True)]
+    return scale(1 / norm(vector), vector)
 
 
 def exact_hessian_vector_product(
@@ -129,19 +140,22 @@ def power_iteration(
     start: Sequence[Tensor],
     iterations: int,
     shift: Tensor | None = None,
+    momentum: float = 0.0,
 ) -> Eigenpair:
     """Return the Hessian's top eigenpair, the algebraically largest, by power iteration from `start`.
 
-    Each iteration sets v to (H - s I) v over its norm. Plain power iteration (s = 0, the paper's) finds the
-    eigenvalue of largest absolute value. Where that is a negative one, the Rayleigh quotient nears -norm(H v);
-    past half of that, s becomes -norm(H v), which lifts the negative end of the spectrum to about zero and
-    leaves the top eigenvalue the largest. (A random start's quotient is often slightly negative and says nothing.)
+    Each iteration sets v to m v + (1 - m) u over its norm, u = (H - s I) v over its norm. Plain power iteration (m = 0,
+    s = 0, the paper's) finds the eigenvalue of largest absolute value. Where that is a negative one, the Rayleigh
+    quotient nears -norm(H v); past half of that, s becomes -norm(H v), which lifts the negative end of the spectrum to
+    about zero and leaves the top eigenvalue the largest. (A random start's quotient is often slightly negative and says
+    nothing.) A momentum m averages over iterations, whose H are of different batches in training.
 
     Args:
-        hessian_vector_product: v -> H v.
+        hessian_vector_product: v -> H v, in tensors of its own, which are overwritten.
         start: v to start from, of norm 1.
         iterations: products to spend, at least 1.
         shift: s to start with, 0-dimensional and at most 0, from an earlier estimate; None is 0.
+        momentum: m, from 0 to below 1.
 
     Returns:
         The last v, of norm 1; the Rayleigh quotient <v, H v> of the v before it, which costs no
@@ -155,10 +169,13 @@ def power_iteration(
         value = dot(vector, product)
         size = norm(product)
         shift = torch.where(value < -size / 2, torch.minimum(shift, -size), shift)
-        shifted = add_scaled(product, -shift, vector)
-        length = norm(shifted)
-        vector = [
-            torch.where((length == 0).to(old.device), old, new)
-            for new, old in zip(scale(1 / length, shifted), vector, strict=True)
-        ]
+        length = (size.square() - 2 * shift * value + shift.square()).sqrt()  # norm(H v - s v), for norm(v) is 1
+        gain = (1 - momentum) * reciprocal_or_zero(length)
+        kept = torch.where(length == 0, torch.ones_like(length), momentum - shift * gain)
+        for new, old in zip(product, vector, strict=True):  # in place: a refresh holds two vectors, not four
+            new.mul_(gain.to(new.device)).add_(kept.to(new.device) * old)
+        total = norm(product)
+        for new in product:
+            new.mul_((1 / total).to(new.device))
+        vector = product
     return Eigenpair(vector, value, shift)

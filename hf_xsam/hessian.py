@@ -16,7 +16,7 @@ from .eigenvector import (
     finite_difference_step,
 )
 from .precision import coarsest_dtype, holds_everywhere, loss_scale
-from .replay import gradients, twice_differentiable_attention
+from .replay import forward_passes_evaluated, gradients, twice_differentiable_attention
 from .scope import others_frozen
 from .support import double_backward_obstacle, untrusted_operation
 from .tensors import is_sharded, scale
@@ -42,7 +42,11 @@ class Loss:
 
 
 def mean_loss(
-    accelerator: Accelerator, model: nn.Module, batch_losses: Sequence[Callable[[], Tensor]], sharded: bool
+    accelerator: Accelerator,
+    model: nn.Module,
+    batch_losses: Sequence[Callable[[], Tensor]],
+    sharded: bool,
+    weights: Sequence[float] | None = None,
 ) -> Loss:
     """Return the mean of `batch_losses`; its gradient replaces what the model's parameters have in `.grad`.
 
@@ -51,13 +55,16 @@ def mean_loss(
         model: that the losses are of, without wrappers.
         batch_losses: each computes the loss of a batch.
         sharded: whether the model's parameters are, so that its backward pass averages over the processes.
+        weights: how much each loss counts, in any unit; None is alike.
     """
+    counts = [1.0] * len(batch_losses) if weights is None else weights
+    total = sum(counts)
 
     def terms() -> Iterator[Tensor]:
-        for batch_loss in batch_losses:
+        for batch_loss, count in zip(batch_losses, counts, strict=True):
             with twice_differentiable_attention(), accelerator.autocast():
                 loss = batch_loss()
-            yield loss_scale(accelerator) * loss / len(batch_losses)
+            yield loss_scale(accelerator).to(loss.device) * loss * (count / total)
 
     def gradient(parameters: Sequence[Tensor]) -> list[Tensor]:
         model.zero_grad()
@@ -89,17 +96,18 @@ def choose_method(
         obstacle: str | None = "sharded parameters have no second derivative"
     else:
         # With nothing frozen: operations whose input takes no gradient do not show in the graph.
-        term = next(loss.terms())
-        obstacle = untrusted_operation(term, trust_python_functions=asked == "exact")
-        if obstacle is None:
-            with others_frozen(model, parameters) as others, twice_differentiable_attention():
-                if others:
-                    del term  # one graph at a time
-                    term = next(loss.terms())
-                obstacle = double_backward_obstacle(term, parameters)
+        with forward_passes_evaluated(model), twice_differentiable_attention():
+            term = next(loss.terms())
+            obstacle = untrusted_operation(term, trust_python_functions=asked == "exact")
+            if obstacle is None:
+                with others_frozen(model, parameters) as others:
+                    if others:
+                        del term  # one graph at a time
+                        term = next(loss.terms())
+                    obstacle = double_backward_obstacle(term, parameters)
     if obstacle and asked == "exact":
         raise RuntimeError(
-            f"XSAMConfig.hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
+            f"hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
             "Use hvp='finite_difference' or hvp='auto'."
         )
     exact = holds_everywhere(accelerator, torch.tensor(obstacle is None, device=accelerator.device))
@@ -137,7 +145,7 @@ def hessian_vector_product(
     reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
     if method == "exact":
         # Attention's kernel is chosen again in the backward pass, where gradient checkpointing computes it anew.
-        with others_frozen(model, parameters), twice_differentiable_attention():
+        with others_frozen(model, parameters), forward_passes_evaluated(model), twice_differentiable_attention():
             scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
             yield product
     else:

@@ -3,8 +3,9 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
-from dataclasses import dataclass
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 from unittest.mock import patch
 
@@ -47,9 +48,22 @@ class MicroBatch:
     """What a call of `training_step` was given, enough to make the same call again, and the loss it returned."""
 
     inputs: Mapping[str, Any]
-    num_items_in_batch: Tensor | int | None
+    num_items_in_batch: Tensor | float | None
     random_state: RandomState
     loss: Tensor
+
+    def first_rows(self, share: float) -> "MicroBatch":
+        """Return the first `share` of the examples, at least one: all where the inputs do not show which they are."""
+        values = list(self.inputs.values())
+        sizes = {len(value) if isinstance(value, Tensor) and value.ndim > 0 else None for value in values}
+        size = sizes.pop() if len(sizes) == 1 else None
+        if not size or share >= 1:
+            return self
+        count = ceil(share * size)
+        inputs = {name: value[:count] for name, value in self.inputs.items()}
+        # A loss that is normalized by the items of the whole window gets those of the rows: on average their share.
+        items = None if self.num_items_in_batch is None else self.num_items_in_batch * (count / size)
+        return replace(self, inputs=inputs, num_items_in_batch=items)
 
 
 @dataclass
@@ -61,12 +75,22 @@ class Replay:
         accelerator: the trainer's.
         model: as prepared by the accelerator.
         micro_batches: the window, in order.
+        share: what part of a whole window's micro-batches these are, above 0 to 1.
     """
 
     training_step: Callable[..., Tensor]
     accelerator: Accelerator
     model: nn.Module
     micro_batches: list[MicroBatch]
+    share: float = 1.0
+
+    def part(self, fraction: float) -> "Replay":
+        """Return the window's first micro-batches, `fraction` of them rounded up, or the first rows of the only one."""
+        count = len(self.micro_batches)
+        chosen = self.micro_batches[: ceil(fraction * count)]
+        if len(chosen) == 1:
+            chosen = [chosen[0].first_rows(fraction * count)]
+        return replace(self, micro_batches=chosen, share=len(chosen) / count)
 
     def run(self, synchronize: bool = True) -> Tensor:
         """Leave the window's gradient in `.grad`, averaged over the processes if `synchronize`; return its loss."""
@@ -84,12 +108,15 @@ class Replay:
         return gradients(parameters)
 
     def losses(self) -> Iterator[Tensor]:
-        """Compute each micro-batch's loss, with a graph that can be differentiated twice, and no backward pass."""
+        """Compute each micro-batch's loss, with a graph that can be differentiated twice, and no backward pass.
+
+        Their sum estimates the whole window's.
+        """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         for micro_batch in self.micro_batches:
             with twice_differentiable_attention(), _loss_caught(self.accelerator) as caught:
                 self._step(model, micro_batch)
-            yield from caught
+            yield from (loss / self.share for loss in caught)
 
     def _step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         micro_batch.random_state.restore(self.accelerator.device)
@@ -130,6 +157,18 @@ def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None
                 buffer.copy_(original)
 
 
+@contextmanager
+def counts_undone(trainer: Any) -> Iterator[None]:
+    """Undo what losses computed within the block add to the metrics and token counts of a trainer of TRL's."""
+    kept = {
+        name: deepcopy(vars(trainer)[name]) for name in ("_metrics", "_total_train_tokens") if name in vars(trainer)
+    }
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
 def reshard(model: nn.Module) -> None:
     """Have a model under FSDP2 hold its sharded parameters, where a forward pass alone has left it whole ones."""
     for module in model.modules():
@@ -138,14 +177,43 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode within the block."""
-    training = model.training
-    model.eval()
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Put each module back, after the block, into training or evaluation mode as it was."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold the model in evaluation mode within the block."""
+    with modes_restored(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def forward_passes_evaluated(model: nn.Module) -> Iterator[None]:
+    """Have forward passes within the block run in evaluation mode, also where a training step calls them.
+
+    Dropout is off, and batch norm takes its running statistics. Modules that checkpoint their activations stay in
+    training mode, without which they would not; those within them do not. The modes hold until the end of the block,
+    for checkpointed modules run again in the backward pass.
+    """
+
+    def evaluate(module: nn.Module, inputs: object) -> None:
+        for part in module.modules():
+            part.training = part.training and getattr(part, "gradient_checkpointing", False)
+
+    with modes_restored(model):
+        handle = model.register_forward_pre_hook(evaluate)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @contextmanager

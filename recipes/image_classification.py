@@ -9,24 +9,21 @@ Without a model and data set of yours: a small ViT from scratch on scikit-learn'
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from common import (
-    SPLIT_SEED,
     RecipeArguments,
     card_facts,
-    label_names,
     limited,
     load_splits,
     make_trainer,
     parse_arguments,
-    require_columns,
     train_and_report,
     without_hidden_labels,
 )
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
-from sklearn.datasets import load_digits
+from datasets import load_dataset
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -40,6 +37,9 @@ from transformers import (
 )
 
 from hf_xsam import XSAMConfig
+from hf_xsam.data.digits import digits
+from hf_xsam.data.encoding import encode_images
+from hf_xsam.data.splits import label_names, require_columns
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +55,6 @@ class ImageArguments(RecipeArguments):
         default="crop_and_flip",
         metadata={"help": "Random changes of training images, where torchvision is installed."},
     )
-
-
-def digits() -> DatasetDict:
-    """Return scikit-learn's 1,797 digits of 8 x 8 pixels, split into train and test."""
-    data = load_digits()
-    columns = {"image": list((data.images * (255 / 16)).astype(np.uint8)), "label": data.target}
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-    return Dataset.from_dict(columns, features).train_test_split(test_size=0.2, seed=SPLIT_SEED)
 
 
 def small_vit(**labels: Any) -> tuple[ViTForImageClassification, ViTImageProcessor]:
@@ -101,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with args.main_process_first(desc="loading data"):
         embedded = (lambda: load_dataset("imagefolder", data_dir=recipe.train_dir)) if recipe.train_dir else digits
         splits = load_splits(recipe, embedded)
-    require_columns(splits, image_column=recipe.image_column)
-    names, number_of = label_names(splits, recipe.label_column)
+    require_columns(splits["train"], image_column=recipe.image_column)
+    names, number_of = label_names(splits["train"], recipe.label_column)
     splits = limited(without_hidden_labels(splits, recipe.label_column, number_of), recipe)
 
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -114,16 +106,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     else:
         model, processor = small_vit(**labels)
 
-    def encode(change: Callable[[Any], Any]) -> Callable[[dict], dict]:
-        def encoded(batch: dict) -> dict:
-            images = [change(image.convert("RGB")) for image in batch[recipe.image_column]]
-            numbers = [number_of[value] for value in batch[recipe.label_column]]
-            return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": numbers}
-
-        return encoded
-
+    encode = partial(
+        encode_images,
+        processor=processor,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        number_of=number_of,
+    )
     for name, split in splits.items():
-        split.set_transform(encode(augment(recipe.augmentation if name == "train" else "none", processor)))
+        change = augment(recipe.augmentation if name == "train" else "none", processor)
+        split.set_transform(partial(encode, change=change))
 
     trainer = make_trainer(
         recipe,

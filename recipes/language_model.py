@@ -1,12 +1,10 @@
-"""What the recipes for language models share: LoRA's arguments, the model, and the movie reviews as prompts."""
+"""What the recipes for language models share: LoRA's arguments, and the model."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common import SPLIT_SEED, RecipeArguments
-from datasets import DatasetDict
+from common import RecipeArguments
 from embedded import smollm2_folder
-from movie_reviews import load_movie_reviews
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,14 +45,3 @@ def lora_config(recipe: LanguageModelArguments) -> LoraConfig | None:
         lora_alpha=recipe.lora_alpha,
         target_modules=recipe.lora_target_modules,
     )
-
-
-def movie_prompts() -> DatasetDict:
-    """Return the movie reviews with columns text, and prompt and completion that ask for and give the sentiment."""
-    splits = load_movie_reviews(SPLIT_SEED)
-    names = splits["train"].features["label"].names
-
-    def as_prompt(row: dict) -> dict:
-        return {"prompt": f"Review: {row['text']}\nSentiment:", "completion": f" {names[row['label']]}"}
-
-    return splits.map(as_prompt, remove_columns="label")

@@ -10,12 +10,12 @@ Without a model and data set of yours: SmolLM2-135M-Instruct and movie reviews, 
 from collections.abc import Sequence
 
 from common import limited, load_splits, make_trainer, parse_arguments, train_and_report
-from language_model import LanguageModelArguments, load_model, lora_config, movie_prompts
-from movie_reviews import MOVIE_REVIEWS
+from language_model import LanguageModelArguments, load_model, lora_config
 from transformers import HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hf_xsam import XSAMConfig
+from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, movie_prompts
 from hf_xsam.integrations.trl import XSAMSFTTrainer
 
 

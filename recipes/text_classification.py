@@ -8,13 +8,12 @@ Without a model and data set of yours: all-MiniLM-L6-v2 and movie reviews, both 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from common import (
-    SPLIT_SEED,
     RecipeArguments,
     card_facts,
-    label_names,
     limited,
     load_splits,
     make_trainer,
@@ -23,7 +22,6 @@ from common import (
     without_hidden_labels,
 )
 from embedded import MINILM, minilm_folder
-from movie_reviews import MOVIE_REVIEWS, load_movie_reviews
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
     AutoModelForSequenceClassification,
@@ -35,6 +33,9 @@ from transformers import (
 )
 
 from hf_xsam import XSAMConfig
+from hf_xsam.data.encoding import encode_texts
+from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, load_movie_reviews
+from hf_xsam.data.splits import label_names
 
 
 @dataclass
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     recipe, args, xsam = parse_arguments(HfArgumentParser((TextArguments, TrainingArguments, XSAMConfig)), argv)
     set_seed(args.seed)
     with args.main_process_first(desc="loading data"):
-        splits = load_splits(recipe, lambda: load_movie_reviews(SPLIT_SEED))
-    names, number_of = label_names(splits, recipe.label_column)
+        splits = load_splits(recipe, load_movie_reviews)
+    names, number_of = label_names(splits["train"], recipe.label_column)
     splits = limited(without_hidden_labels(splits, recipe.label_column, number_of), recipe)
 
     model_name = recipe.model_name_or_path or minilm_folder()
@@ -74,11 +75,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         label2id={name: i for i, name in enumerate(names)},
     )
 
-    def encode(batch: dict) -> dict:
-        texts = [batch[column] for column in (recipe.text_column, recipe.text_pair_column) if column]
-        encoded = tokenizer(*texts, truncation=True, max_length=recipe.max_length)
-        return {**encoded, "labels": [number_of[value] for value in batch[recipe.label_column]]}
-
+    encode = partial(
+        encode_texts,
+        tokenizer=tokenizer,
+        text_column=recipe.text_column,
+        text_pair_column=recipe.text_pair_column,
+        label_column=recipe.label_column,
+        number_of=number_of,
+        max_length=recipe.max_length,
+    )
     with args.main_process_first(desc="tokenizing"):
         splits = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
 

@@ -39,8 +39,16 @@ def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
     assert allowed in str(error.value)
 
 
-def test_defaults_are_the_papers():
-    assert XSAMConfig().to_dict() == {
+def test_defaults_are_the_papers_but_for_the_estimate_of_the_eigenvector():
+    estimate = {"eigen_interval": 8, "power_iterations": 1, "eigen_batch_fraction": 0.25, "eigen_momentum": 0.3}
+    assert XSAMConfig().to_dict() == XSAMConfig.paper().to_dict() | estimate
+
+
+def test_the_papers_settings():
+    assert XSAMConfig.paper(rho=0.1, eigen_interval=3) == XSAMConfig(
+        rho=0.1, eigen_interval=3, power_iterations=5, eigen_batch_fraction=1.0, eigen_momentum=0.0
+    )
+    assert XSAMConfig.paper().to_dict() == {
         "rho": 0.05,
         "adaptive": False,
         "alpha": 0.2,
@@ -50,6 +58,8 @@ def test_defaults_are_the_papers():
         "eigen_start_step": 0,
         "rho_warmup_steps": 0,
         "power_iterations": 5,
+        "eigen_batch_fraction": 1.0,
+        "eigen_momentum": 0.0,
         "hvp": "auto",
         "eigen_scope": "trainable",
         "ascent": "global",

@@ -73,7 +73,7 @@ def test_every_step_matches_the_authors(name, micro_batches, tmp_path):
         train_dataset=InOrder(examples),
         optimizers=(optimizer, None),
         callbacks=[recorder := Recorder()],
-        xsam_config=XSAMConfig(
+        xsam_config=XSAMConfig.paper(
             rho=golden["rho"],
             alpha=golden["alpha"],
             eigen_start_step=golden["freq"],

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from typing import Any
 
 from torch import nn
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+from ..replay import counts_undone
 from ..trainer import XSAMTrainerMixin
 
 
@@ -18,17 +17,10 @@ class XSAMTRLTrainerMixin(XSAMTrainerMixin):
     unperturbed weights, however often X-SAM runs it.
     """
 
-    _metrics: Any
-    _total_train_tokens: int
-
     @contextmanager
     def _side_effects_undone(self, model: nn.Module) -> Iterator[None]:
-        metrics, tokens = deepcopy(self._metrics), self._total_train_tokens
-        try:
-            with super()._side_effects_undone(model):
-                yield
-        finally:
-            self._metrics, self._total_train_tokens = metrics, tokens
+        with counts_undone(self), super()._side_effects_undone(model):
+            yield
 
 
 class XSAMSFTTrainer(XSAMTRLTrainerMixin, SFTTrainer):

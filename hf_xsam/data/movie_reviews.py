@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from embedded import cache_folder, download
+
+from .packages import cache_folder, download
+from .splits import SPLIT_SEED
 
 MOVIE_REVIEWS = "movie review sentences (vaderSentiment 3.3.2)"  # what model cards call them
 
@@ -23,7 +25,7 @@ INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SENTENCES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
-def load_movie_reviews(seed: int = 0) -> DatasetDict:
+def load_movie_reviews(seed: int = SPLIT_SEED) -> DatasetDict:
     """Return the sentences with columns text and label (negative, positive), split 80/10/10 by `seed`.
 
     Raises:
@@ -37,6 +39,17 @@ def load_movie_reviews(seed: int = 0) -> DatasetDict:
     rest = Dataset.from_dict(columns, features).train_test_split(test_size=0.2, seed=seed)
     held_out = rest["test"].train_test_split(test_size=0.5, seed=seed)
     return DatasetDict(train=rest["train"], validation=held_out["train"], test=held_out["test"])
+
+
+def movie_prompts() -> DatasetDict:
+    """Return the movie reviews with columns text, and prompt and completion that ask for and give the sentiment."""
+    splits = load_movie_reviews()
+    names = splits["train"].features["label"].names
+
+    def as_prompt(row: dict) -> dict:
+        return {"prompt": f"Review: {row['text']}\nSentiment:", "completion": f" {names[row['label']]}"}
+
+    return splits.map(as_prompt, remove_columns="label")
 
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:

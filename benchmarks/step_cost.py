@@ -1,0 +1,159 @@
+"""What a step of SAM and of X-SAM costs beside the stock Trainer's, and how good X-SAM's eigenvector is.
+
+    python benchmarks/step_cost.py
+    python benchmarks/step_cost.py --workloads bert cnn --repeats 3
+
+All contenders are timed in one process, in turn. On the CPU the time is the process's own processor seconds, which
+other programs on the machine disturb little. Operations and tensors' memory are counted, and are the same on every
+machine.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import matplotlib
+from contenders import Contender, contenders
+from eigenvector_quality import quality
+from memory import peak_tensor_memory
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import HfArgumentParser
+from versions import setting
+from workloads import WORKLOADS, Workload
+
+from hf_xsam import XSAMConfig
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+STOCK, SAM, OURS, AUTHORS = "stock Trainer", "SAM", "X-SAM", "X-SAM, authors' policy"
+
+
+@dataclass
+class CostArguments:
+    """What to measure, and where the figures go."""
+
+    workloads: list[str] = field(
+        default_factory=lambda: list(WORKLOADS), metadata={"help": "Of bert, vit, llama, cnn."}
+    )
+    steps: int = field(default=40, metadata={"help": "Steps of a block: a multiple of every refresh interval."})
+    repeats: int = field(default=5, metadata={"help": "Blocks of each contender that are timed."})
+    quality_steps: int = field(default=160, metadata={"help": "Steps of the run that the eigenvector is watched in."})
+    quality_every: int = field(default=16, metadata={"help": "Steps between two comparisons with the reference."})
+    output: str = field(
+        default=str(Path(__file__).parent / "results"), metadata={"help": "Folder for step_cost.json and .png."}
+    )
+
+
+def step_seconds(made: dict[str, Contender], repeats: int) -> list[dict[str, float]]:
+    """Return for each repeat the mean seconds of a step of each contender, after one block that is not counted."""
+    names = list(made)
+    results = []
+    for repeat in range(repeats + 1):
+        order = names[repeat % len(names) :] + names[: repeat % len(names)]
+        times = {name: mean(made[name].block()) for name in order}
+        results.append({name: times[name] for name in names})
+    return results[1:]
+
+
+def flops(block: Callable[[], Any]) -> int:
+    """Return the floating-point operations of matrix products, convolutions and attention in `block`."""
+    with FlopCounterMode(display=False) as counter:
+        block()
+    return counter.get_total_flops()
+
+
+def ratios(seconds: list[dict[str, float]], name: str, reference: str) -> dict[str, float]:
+    """Return median, smallest and largest ratio of the two's step times within a repeat."""
+    values = [times[name] / times[reference] for times in seconds]
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def measure(workload: Workload, arguments: CostArguments, folder: str) -> dict[str, Any]:
+    """Return the figures of one workload."""
+    made = {name: make(workload, folder, arguments.steps) for name, make in contenders(workload.rho).items()}
+    seconds = step_seconds(made, arguments.repeats)
+    operations = {name: flops(contender.block) for name, contender in made.items()}
+    peaks = {name: peak_tensor_memory(contender.block) for name, contender in made.items()}
+    trainable = sum(p.numel() * p.element_size() for p in made[STOCK].trainer.model.parameters() if p.requires_grad)
+    del made
+    policies = {OURS: XSAMConfig(rho=workload.rho), AUTHORS: XSAMConfig.paper(rho=workload.rho)}
+    estimates = quality(workload, policies, folder, arguments.quality_steps, arguments.quality_every)
+    return {
+        "trainable_bytes": trainable,
+        "stock_peak_bytes": peaks[STOCK],
+        "seconds": seconds,
+        "contenders": {
+            name: {
+                "over_stock": ratios(seconds, name, STOCK),
+                "over_sam": ratios(seconds, name, SAM),
+                "forward_backward_equivalents": operations[name] / operations[STOCK],
+                "peak_over_stock_bytes": peaks[name] - peaks[STOCK],
+                "eigenvector": estimates.get(name),
+            }
+            for name in operations
+        },
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> Table:
+    """Return all figures, a contender a line."""
+    shown = Table("model", "contender", "step / stock's", "step / SAM's", "fwd+bwd", "memory", "cosine", "captured")
+    for name, figures in results.items():
+        for contender, measured in figures["contenders"].items():
+            estimate = measured["eigenvector"]
+            shown.add_row(
+                name,
+                contender,
+                *(
+                    "{median:.2f} ({min:.2f} to {max:.2f})".format(**measured[over])
+                    for over in ("over_stock", "over_sam")
+                ),
+                f"{measured['forward_backward_equivalents']:.2f}",
+                f"{measured['peak_over_stock_bytes'] / figures['trainable_bytes']:+.2f}",
+                *(f"{estimate[key]:.2f}" if estimate else "" for key in ("cosine", "captured")),
+            )
+    return shown
+
+
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw the step times over the stock Trainer's, a panel a model."""
+    figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 3), sharey=True, squeeze=False)
+    for axis, (name, figures) in zip(axes[0], results.items(), strict=True):
+        measured = list(figures["contenders"].values())
+        middle = [figure["over_stock"]["median"] for figure in measured]
+        spread = [
+            [value - figure["over_stock"]["min"] for value, figure in zip(middle, measured, strict=True)],
+            [figure["over_stock"]["max"] - value for value, figure in zip(middle, measured, strict=True)],
+        ]
+        axis.barh(list(figures["contenders"]), middle, xerr=spread, color="#4477aa", ecolor="#bbbbbb")
+        axis.bar_label(axis.containers[-1], fmt="%.2f", padding=3)
+        axis.set(title=name, xlabel="step time / stock Trainer's", xlim=(0, max(middle) * 1.25))
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure, print, and write the JSON file and the plot; workloads measured before keep their figures."""
+    (arguments,) = HfArgumentParser(CostArguments).parse_args_into_dataclasses()
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "step_cost.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for name in arguments.workloads:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = {**measure(WORKLOADS[name](), arguments, folder), "setting": setting()}
+        file.write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, output / "step_cost.png")
+    Console(width=160).print(table(results))
+
+
+if __name__ == "__main__":
+    main()

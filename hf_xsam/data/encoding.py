@@ -1,0 +1,67 @@
+"""How batches of rows become what a model takes: each function is for `Dataset.map` or `Dataset.set_transform`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..landscape import IGNORED
+
+
+def encode_texts(
+    batch: Mapping[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    text_column: str,
+    text_pair_column: str | None,
+    label_column: str,
+    number_of: Mapping[Any, int],
+    max_length: int,
+) -> dict[str, list]:
+    """Return texts, or pairs of them, as tokens with the number of their class; too long a text loses its end."""
+    texts = [batch[column] for column in (text_column, text_pair_column) if column]
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    return {**encoded, "labels": [number_of[value] for value in batch[label_column]]}
+
+
+def encode_images(
+    batch: Mapping[str, list],
+    processor: Any,
+    image_column: str,
+    label_column: str,
+    number_of: Mapping[Any, int],
+    change: Callable[[Any], Any] = lambda image: image,
+) -> dict[str, Any]:
+    """Return images, after `change`, as pixels with the number of their class."""
+    images = [change(image.convert("RGB")) for image in batch[image_column]]
+    numbers = [number_of[value] for value in batch[label_column]]
+    return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": numbers}
+
+
+def encode_language(
+    batch: Mapping[str, list],
+    tokenizer: PreTrainedTokenizerBase,
+    columns: tuple[str] | tuple[str, str],
+    max_length: int | None,
+) -> dict[str, list]:
+    """Return texts, or completions of prompts, as tokens closed by the end-of-sequence token, and their labels.
+
+    Too long a text loses its end, too long a prompt its beginning.
+
+    Args:
+        batch: columns of texts.
+        tokenizer: the model's.
+        columns: of the text, or of prompt and completion; the prompt's tokens have no labels.
+        max_length: tokens a row; None leaves texts whole.
+    """
+    end = [tokenizer.eos_token_id]
+    if len(columns) == 1:
+        ids = [(row + end)[:max_length] for row in tokenizer(batch[columns[0]])["input_ids"]]
+        return {"input_ids": ids, "labels": ids}
+    prompts = tokenizer(batch[columns[0]])["input_ids"]
+    completions = tokenizer(batch[columns[1]], add_special_tokens=False)["input_ids"]
+    pairs = list(zip(prompts, completions, strict=True))
+    last = slice(-max_length if max_length else None, None)
+    return {
+        "input_ids": [(prompt + completion + end)[last] for prompt, completion in pairs],
+        "labels": [([IGNORED] * len(prompt) + completion + end)[last] for prompt, completion in pairs],
+    }

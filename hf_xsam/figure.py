@@ -1,0 +1,129 @@
+"""How a run's curves look, and all panels in one figure."""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from .runs import ESTIMATED, STEP, Panel, Run, Table
+
+# Told apart without colour vision (after Okabe and Ito, darker: 4.5:1 on white), and by dashes and markers too, whose
+# numbers share no factor, so that combinations repeat late.
+COLOURS = ("#0072b2", "#b84300", "#00795c", "#a3467f", "#806600", "#5b5b66")
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), (0, (10, 3)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+INK, GRID = "#1c2128", "#d5dae0"
+TICKS = (1, 2, 2.5, 5, 10)
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "text.parse_math": False,  # a run may have dollar signs in its name
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+}
+
+
+def draw_figure(runs: Sequence[Run], drawn: Sequence[Panel], table: Table | None, path: Path) -> None:
+    """Draw the runs' names, all panels, and the table below them, into one PNG."""
+    names = [run.name for run in runs]
+    columns = min(3, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    width, height = 4.4 * columns, 3.1 * rows + 0.3 * math.ceil(len(runs) / columns)
+    below = 0.27 * (len(table.rows) + 2) + 0.2 if table else 0.0
+    with style(10):
+        figure = Figure(figsize=(width, height + below), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+        parts = figure.subfigures(2 if table else 1, 1, squeeze=False, height_ratios=[height, below][: 1 + bool(table)])
+        grid = parts[0, 0].add_gridspec(rows, columns)
+        for place, panel in enumerate(drawn):
+            axes = parts[0, 0].add_subplot(grid[divmod(place, columns)])
+            axes.set_title(fill(panel.title, 46), fontsize=10)
+            draw_panel(axes, panel)
+            if kinds := dict.fromkeys(curve.kind for curve in panel.curves if curve.kind):
+                handles = [Line2D([], [], color=INK, linewidth=line_style(0, kind)["linewidth"]) for kind in kinds]
+                axes.legend(handles, list(kinds), fontsize=8, frameon=False)
+        handles = [Line2D([], [], **line_style(i)) for i in range(len(runs))]
+        labels = [fill(name, 44, break_on_hyphens=False) for name in names]
+        parts[0, 0].legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, handlelength=4)
+        if table:
+            draw_table(parts[1, 0].add_subplot(), table, names, width)
+        figure.savefig(path, dpi=150)
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """Draw the panel's curves, with a marker on about eight points of each, the x-axis' label and the ticks."""
+    for curve in panel.curves:
+        xs = sorted(curve.points)
+        gap = max(1, len(xs) // 8)
+        first = curve.run * gap // 3 % gap  # not on the markers of the curves that run along it
+        style_of = line_style(curve.run, curve.kind)
+        axes.plot(xs, [curve.points[x] for x in xs], **style_of, markevery=(first, gap))
+    axes.set_xlabel(panel.x_label)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICKS, integer=panel.x_label == STEP))
+    if panel.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICKS))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+
+
+def draw_table(axes: Axes, table: Table, names: Sequence[str], width: float) -> None:
+    """Draw the table in place of the axes, over `width` inches."""
+    axes.set_axis_off()
+    axes.set_title(table.title, fontsize=10)
+    first, other = (part / (0.34 + 0.17 * len(names)) for part in (0.34, 0.17))
+    header = [fill(name, max(4, int(10 * width * other)), break_on_hyphens=False) for name in names]
+    cells = axes.table(
+        [[name, *values] for name, values in table.rows.items()],
+        colLabels=["", *header],
+        colWidths=[first] + [other] * len(names),
+        edges="B",
+        bbox=Bbox.unit(),
+    )
+    cells.auto_set_font_size(False)
+    lines = max(text.count("\n") + 1 for text in header)
+    for (row, column), cell in cells.get_celld().items():
+        cell.set(edgecolor=GRID, height=cell.get_height() * (lines if row == 0 else 1))
+        cell.set_text_props(ha="right" if column else "left", weight="normal" if row else "bold")
+        cell.PAD = 0.02
+
+
+def line_style(run: int, kind: str = "") -> dict[str, Any]:
+    """Return how the curves of a run are drawn, as options of a Line2D; estimates are thin and have no markers."""
+    dashes, marker = DASHES[run % len(DASHES)], MARKERS[run % len(MARKERS)]
+    thin = kind == ESTIMATED
+    return {
+        "color": COLOURS[run % len(COLOURS)],
+        "linestyle": dashes,
+        "linewidth": 1.0 if thin else 1.8,
+        "marker": "" if thin else marker,
+        "markersize": 5,
+    }
+
+
+def style(font_size: float) -> AbstractContextManager[None]:
+    """Return matplotlib's settings for everything drawn here, with text of `font_size` points."""
+    return rc_context({**STYLE, "font.size": font_size})

@@ -1,0 +1,42 @@
+"""Runs of the stock Trainer, SAM and X-SAM on a tiny model, as `hf-xsam plot` finds them on disk."""
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainer
+from hf_xsam.sharpness import measure
+
+from .cases import tiny_vit
+from .helpers import arguments, examples_of
+
+
+def accuracy(prediction):
+    return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}
+
+
+def trained_runs(folder):
+    """Train `stock`, `sam` and `xsam` in `folder`, six steps each.
+
+    The first is measured along the way, the others after training.
+    """
+    for name in ("stock", "sam", "xsam"):
+        torch.manual_seed(0)
+        model, batch = tiny_vit()
+        settings = {
+            "model": model,
+            "args": arguments(folder / name, eval_strategy="steps", eval_steps=1, num_train_epochs=3),
+            "train_dataset": examples_of(batch),
+            "eval_dataset": examples_of(batch),
+            "compute_metrics": accuracy,
+        }
+        if name == "stock":
+            trainer = Trainer(**settings)
+            trainer.add_callback(XSAMCallback(trainer, every=2))
+        else:
+            xsam_config = XSAMConfig(alpha=0.0 if name == "sam" else 0.2, eigen_interval=1)
+            trainer = XSAMTrainer(**settings, xsam_config=xsam_config)
+        trainer.train()
+        trainer.save_state()
+        if name != "stock":
+            measure(model, [batch], top_k=2, distances=[-0.5, 0, 0.5], progress=False).save(folder / name)
