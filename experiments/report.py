@@ -260,12 +260,17 @@ def insert(text: str, path: Path) -> None:
     path.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", page), encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Read the results, write README and figure, print the text."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     parser.add_argument("--readme", type=Path, default=README, help="file with the markers (%(default)s)")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read the results, write README and figure, print the text."""
+    options = parse(argv)
     text = report(options.results, options.readme.parent / FIGURE)
     insert(text, options.readme)
     print(text)

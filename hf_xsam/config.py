@@ -228,8 +228,8 @@ class XSAMConfig:
 
     def refreshes_at(self, step: int, last: int | None) -> bool:
         """Return whether the eigenvector, last refreshed at step `last`, is refreshed at step `step`, from 0."""
-        # A step before the last refresh belongs to a training that has begun anew.
-        return self.corrects_at(step) and (last is None or not 0 <= step - last < self.eigen_interval)
+        # A step that is not after the last refresh belongs to a training that has begun anew.
+        return self.corrects_at(step) and (last is None or not 0 < step - last < self.eigen_interval)
 
     def corrects_at(self, step: int) -> bool:
         """Return whether the gradient of optimizer step `step`, counted from 0, is corrected, not plain SAM's."""

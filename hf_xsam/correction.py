@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from .tensors import add_scaled, dot, norm, reciprocal_or_zero, scale
+from .tensors import combination, dot, norm, reciprocal_or_zero
 
 Correction = Literal["paper", "projection", "aligned"]
 
@@ -37,12 +38,23 @@ def corrected_gradient(
     Returns:
         d, shaped like `gradient`, in float32 or wider.
     """
-    direction = scale(reciprocal_or_zero(norm(gradient)), gradient) if normalize else list(gradient)
-    along = dot(direction, eigenvector)
-    if correction == "paper":
-        factor = -alpha * along.abs()
-    elif correction == "projection":
-        factor = -alpha * along
-    else:
-        factor = alpha * along
-    return add_scaled(direction, factor, eigenvector)
+    factors = correction_factors(norm(gradient), dot(gradient, eigenvector), alpha, correction, normalize)
+    return combination(gradient, factors[0], eigenvector, factors[1])
+
+
+def correction_factors(
+    length: Tensor, along: Tensor, alpha: float, correction: Correction = "paper", normalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return s and c, 0-dimensional, with d = s * a + c * v: see [`corrected_gradient`].
+
+    Args:
+        length: norm(a), 0-dimensional.
+        along: <a, v>, 0-dimensional.
+        alpha: strength of the correction.
+        correction: which formula.
+        normalize: whether d starts from a of norm 1.
+    """
+    size = reciprocal_or_zero(length) if normalize else torch.ones_like(length)
+    along = size * along
+    change = {"paper": -along.abs(), "projection": -along, "aligned": along}[correction]
+    return size, alpha * change

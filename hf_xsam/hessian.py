@@ -23,6 +23,8 @@ from .tensors import is_sharded, scale
 
 logger = logging.getLogger(__name__)
 
+BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
+
 
 @dataclass
 class Loss:
@@ -118,6 +120,39 @@ def choose_method(
     return method
 
 
+def mean_over_processes(accelerator: Accelerator, tensors: list[Tensor]) -> list[Tensor]:
+    """Return the mean over the processes of each of `tensors`, which are overwritten.
+
+    They travel as DDP's gradients do, in buckets of about 25 MiB: the fewer all-reduces, the fewer latencies, and no
+    second copy of them all. `accelerator.reduce` alone makes one all-reduce a tensor.
+
+    Args:
+        accelerator: the trainer's.
+        tensors: shaped alike on every process.
+    """
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        parts = accelerator.reduce(flat, reduction="mean").split([tensor.numel() for tensor in bucket])
+        for tensor, part in zip(bucket, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+    return tensors
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield neighbours of one dtype and device together, a bucket of at least `BUCKET_BYTES` each but for the last."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and (
+            sum(part.nbytes for part in bucket) >= BUCKET_BYTES
+            or (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)
+        ):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
 @contextmanager
 def hessian_vector_product(
     accelerator: Accelerator,
@@ -140,7 +175,7 @@ def hessian_vector_product(
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
         result = scale(1 / loss_scale(accelerator), scaled(vector))
-        return accelerator.reduce(result, reduction="mean") if reduce else result
+        return mean_over_processes(accelerator, result) if reduce else result
 
     reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
     if method == "exact":

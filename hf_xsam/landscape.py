@@ -19,7 +19,7 @@ from .hessian import choose_method, hessian_vector_product, mean_loss
 from .metrics import alignment
 from .perturbation import ascent_perturbation, perturbed
 from .precision import loss_scale
-from .tensors import scale
+from .tensors import dot, norm, scale
 
 IGNORED = -100  # the label of tokens that transformers' losses leave out
 
@@ -98,11 +98,10 @@ class Landscape:
                 losses.append(self.loss())
         return Slice([float(distance) for distance in distances], losses)
 
-    def sam_sharpness(self, gradient: Sequence[Tensor], rho: float) -> float:
-        """Return L(w + rho * g / norm(g)) - L(w) for the gradient g; the weights are put back exactly."""
-        here = self.loss()
+    def perturbed_loss(self, gradient: Sequence[Tensor], rho: float) -> float:
+        """Return L(w + rho * g / norm(g)) for the gradient g; the weights are put back exactly."""
         with perturbed(self._parameters, ascent_perturbation(self._parameters, gradient, rho)):
-            return self.loss() - here
+            return self.loss()
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -130,13 +129,13 @@ def targets_in(batch: Any, model: nn.Module) -> int:
 
 def angle_degrees(gradient: Sequence[Tensor], eigenvector: Sequence[Tensor]) -> float:
     """Return the angle between the gradient and the line of the eigenvector, which has no sign: 0 to 90 degrees."""
-    angle = alignment(gradient, eigenvector)["angle_degrees"].item()
+    angle = alignment(dot(gradient, eigenvector), norm(gradient))["angle_degrees"].item()
     return min(angle, 180 - angle)
 
 
 def uphill(eigenvector: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
     """Return v or -v, the one along which the loss rises."""
-    sign = -1.0 if alignment(gradient, eigenvector)["cosine"] < 0 else 1.0
+    sign = -1.0 if alignment(dot(gradient, eigenvector), norm(gradient))["cosine"] < 0 else 1.0
     return scale(torch.tensor(sign), eigenvector)
 
 

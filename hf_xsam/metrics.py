@@ -1,14 +1,14 @@
 """What X-SAM logs: means over steps, and warnings when they tell of a setting that does not fit."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .config import XSAMConfig
-from .tensors import dot, norm, reciprocal_or_zero
+from .tensors import reciprocal_or_zero
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +19,14 @@ PATIENCE = 3
 ROUNDING_TOLERANCE = 0.1
 
 
-def alignment(gradient: Sequence[Tensor], eigenvector: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the cosine <a, v> / norm(a) between gradient and eigenvector, and its angle in degrees, 0 to 180."""
-    cosine = dot(gradient, eigenvector) * reciprocal_or_zero(norm(gradient))
+def alignment(along: Tensor, length: Tensor) -> dict[str, Tensor]:
+    """Return the cosine <a, v> / norm(a) between gradient and eigenvector, and its angle in degrees, 0 to 180.
+
+    Args:
+        along: <a, v>, 0-dimensional.
+        length: norm(a), 0-dimensional.
+    """
+    cosine = along * reciprocal_or_zero(length)
     return {"cosine": cosine, "angle_degrees": torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))}
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 from typing import Any
 from unittest.mock import patch
@@ -52,17 +53,28 @@ class MicroBatch:
     random_state: RandomState
     loss: Tensor
 
-    def first_rows(self, share: float) -> "MicroBatch":
-        """Return the first `share` of the examples, at least one: all where the inputs do not show which they are."""
+    def pieces(self, share: float) -> list[tuple["MicroBatch", float]]:
+        """Return the first `share` of the examples, at least one, in pieces of a quarter of the micro-batch or less.
+
+        Where the inputs do not show which rows are an example's, the micro-batch is the only piece.
+
+        Returns:
+            Each piece and its share of the examples chosen.
+        """
         values = list(self.inputs.values())
         sizes = {len(value) if isinstance(value, Tensor) and value.ndim > 0 else None for value in values}
         size = sizes.pop() if len(sizes) == 1 else None
-        if not size or share >= 1:
-            return self
-        count = ceil(share * size)
-        inputs = {name: value[:count] for name, value in self.inputs.items()}
+        if not size:
+            return [(self, 1.0)]
+        chosen = ceil(share * size)
+        count = min(chosen, ceil(4 * share))
+        bounds = [chosen * i // count for i in range(count + 1)]
+        return [(self._rows(start, stop, size), (stop - start) / chosen) for start, stop in pairwise(bounds)]
+
+    def _rows(self, start: int, stop: int, size: int) -> "MicroBatch":
+        inputs = {name: value[start:stop] for name, value in self.inputs.items()}
         # A loss that is normalized by the items of the whole window gets those of the rows: on average their share.
-        items = None if self.num_items_in_batch is None else self.num_items_in_batch * (count / size)
+        items = None if self.num_items_in_batch is None else self.num_items_in_batch * ((stop - start) / size)
         return replace(self, inputs=inputs, num_items_in_batch=items)
 
 
@@ -75,22 +87,12 @@ class Replay:
         accelerator: the trainer's.
         model: as prepared by the accelerator.
         micro_batches: the window, in order.
-        share: what part of a whole window's micro-batches these are, above 0 to 1.
     """
 
     training_step: Callable[..., Tensor]
     accelerator: Accelerator
     model: nn.Module
     micro_batches: list[MicroBatch]
-    share: float = 1.0
-
-    def part(self, fraction: float) -> "Replay":
-        """Return the window's first micro-batches, `fraction` of them rounded up, or the first rows of the only one."""
-        count = len(self.micro_batches)
-        chosen = self.micro_batches[: ceil(fraction * count)]
-        if len(chosen) == 1:
-            chosen = [chosen[0].first_rows(fraction * count)]
-        return replace(self, micro_batches=chosen, share=len(chosen) / count)
 
     def run(self, synchronize: bool = True) -> Tensor:
         """Leave the window's gradient in `.grad`, averaged over the processes if `synchronize`; return its loss."""
@@ -107,16 +109,34 @@ class Replay:
         self.run(synchronize)
         return gradients(parameters)
 
-    def losses(self) -> Iterator[Tensor]:
-        """Compute each micro-batch's loss, with a graph that can be differentiated twice, and no backward pass.
+    def part(self, fraction: float, rows_are_examples: bool = True) -> list[tuple[MicroBatch, float]]:
+        """Return a part of the window, and with which weights its losses add up to an estimate of the window's.
 
-        Their sum estimates the whole window's.
+        Args:
+            fraction: share of the examples, above 0 to 1: of whole micro-batches, or of each one's rows.
+            rows_are_examples: whether micro-batches may be split. Below 1, they are taken in pieces then, for a graph
+                of second order takes about four times the memory of the training step's own.
+        """
+        count = len(self.micro_batches)
+        chosen = self.micro_batches[: ceil(fraction * count)]
+        if fraction == 1 or not rows_are_examples:
+            return [(micro_batch, count / len(chosen)) for micro_batch in chosen]
+        return [
+            (piece, weight * count / len(chosen))
+            for micro_batch in chosen
+            for piece, weight in micro_batch.pieces(fraction * count / len(chosen))
+        ]
+
+    def losses(self, part: Sequence[tuple[MicroBatch, float]]) -> Iterator[Tensor]:
+        """Compute the weighted losses of `part`, each with a graph that can be differentiated twice; no backward pass.
+
+        They are scaled as the window's are.
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        for micro_batch in self.micro_batches:
+        for micro_batch, weight in part:
             with twice_differentiable_attention(), _loss_caught(self.accelerator) as caught:
                 self._step(model, micro_batch)
-            yield from (loss / self.share for loss in caught)
+            yield from (weight * loss for loss in caught)
 
     def _step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         micro_batch.random_state.restore(self.accelerator.device)

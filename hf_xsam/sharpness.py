@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import XSAMConfig
+from .eigenvector import random_unit_vector
 from .landscape import Landscape, LossFunction, Slice, angle_degrees, model_loss, plain_accelerator, uphill
 from .replay import evaluating, gradients_set_aside, side_effects_undone
 from .scope import parameters_in_scope
 from .spectrum import Trace, hutchinson_trace, top_eigenpairs
-from .tensors import is_sharded, norm, reciprocal_or_zero, scale
+from .tensors import add_scaled, is_sharded, norm, reciprocal_or_zero, scale
 
 FILE_NAME = "sharpness.json"
 DISTANCES = tuple(step / 20 for step in range(-10, 11))
@@ -96,7 +97,7 @@ def measure(
     *,
     compute_loss: LossFunction | None = None,
     top_k: int = 1,
-    trace_samples: int = 16,
+    trace_samples: int = 8,
     rhos: Sequence[float] = (0.01, 0.05),
     distances: Sequence[float] = DISTANCES,
     eigen_scope: str = "trainable",
@@ -110,7 +111,7 @@ def measure(
 
     The model, its gradients, buffers and modes, and all random generators are afterwards as they were, also if an
     exception ends it. One batch at a time is on the model's device, and one graph; a copy of the weights in
-    `eigen_scope` while they are moved; and the eigenvectors. Lanczos holds 2 * top_k + 8 vectors in main memory.
+    `eigen_scope` while they are moved; and the eigenvectors. Lanczos holds 2 * top_k + 4 vectors in main memory.
 
     Args:
         model: any; wrapped or compiled, it is measured as its author wrote it.
@@ -160,11 +161,15 @@ def measure(
             method = landscape.method(hvp)
             with landscape.hessian(method) as product:
                 bar.set_description_str("eigenvalues")
-                values, vectors = top_eigenpairs(product, parameters, top_k, tolerance, seed)
+                # The gradient has much of its length along the top eigenvectors. The random part is there lest it be
+                # orthogonal to one.
+                start = add_scaled(random_unit_vector(parameters, seed), reciprocal_or_zero(length), gradient)
+                values, vectors = top_eigenpairs(product, start, top_k, tolerance)
                 bar.set_description_str("trace")
-                trace = hutchinson_trace(product, parameters, trace_samples, seed) if trace_samples else None
+                known = (values, vectors)
+                trace = hutchinson_trace(product, parameters, trace_samples, seed, *known) if trace_samples else None
             bar.set_description_str("sharpness")
-            sam_sharpness = {rho: landscape.sam_sharpness(gradient, rho) for rho in rhos}
+            sam_sharpness = {rho: landscape.perturbed_loss(gradient, rho) - loss for rho in rhos}
             bar.set_description_str("slices")
             directions = {
                 "eigenvector": uphill(vectors[0], gradient),

@@ -60,7 +60,7 @@ class SharpnessArguments:
     completion_column: str = field(default="completion", metadata={"help": "Column of the completion."})
     max_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
     top_k: int = field(default=1, metadata={"help": "Eigenvalues of the Hessian to find."})
-    trace_samples: int = field(default=16, metadata={"help": "Random vectors for its trace; 0 for no trace."})
+    trace_samples: int = field(default=8, metadata={"help": "Random vectors for its trace; 0 for no trace."})
     rhos: list[float] = field(default_factory=lambda: [0.01, 0.05], metadata={"help": "Radii of SAM's sharpness."})
     slice_radius: float = field(default=0.5, metadata={"help": "How far slices of the loss reach from the weights."})
     slice_points: int = field(default=21, metadata={"help": "Losses on each slice; 0 for no slices."})

@@ -40,7 +40,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Return <left, right> as a 0-dimensional tensor on the first tensor's device."""
-    return _total((x, torch.sum(local(x).to(wide_dtype(x)) * local(y))) for x, y in zip(left, right, strict=True))
+    return _total((x, _dot(local(x), local(y))) for x, y in zip(left, right, strict=True))
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
@@ -58,9 +58,30 @@ def add_scaled(tensors: Sequence[Tensor], factor: Tensor, others: Sequence[Tenso
     return [x + factor.to(x.device) * y for x, y in zip(tensors, others, strict=True)]
 
 
+def combination(tensors: Sequence[Tensor], a: Tensor, others: Sequence[Tensor], b: Tensor) -> list[Tensor]:
+    """Return a * x + b * y for each pair, in x's wide dtype; `a` and `b` are 0-dimensional."""
+    return add_scaled(scale(a, tensors), b, others)
+
+
+def set_to_combination(tensors: Sequence[Tensor], a: Tensor, others: Sequence[Tensor], b: Tensor) -> None:
+    """Set each x to a * x + b * y, without a copy of x where x is in its wide dtype."""
+    for x, y in zip(map(local, tensors), map(local, others), strict=True):
+        if x.dtype == wide_dtype(x):
+            x.mul_(a.to(x.device)).addcmul_(y, b.to(x.device))
+        else:
+            x.copy_(a.to(x.device) * x.to(wide_dtype(x)) + b.to(x.device) * y)
+
+
 def reciprocal_or_zero(value: Tensor) -> Tensor:
     """Return 1 / value, or 0 where value is 0: the zero vector has no direction to scale."""
     return torch.where(value == 0, torch.zeros_like(value), 1 / value)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    dtype = torch.promote_types(wide_dtype(x), y.dtype)
+    if y.ndim == 0:  # broadcast
+        return x.sum(dtype=dtype) * y
+    return torch.linalg.vecdot(x.flatten().to(dtype), y.flatten().to(dtype))
 
 
 def _total(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

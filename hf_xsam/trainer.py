@@ -13,7 +13,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from .checkpoint import last_complete_checkpoint, load_state, save_state
 from .config import XSAMConfig
-from .correction import corrected_gradient
+from .correction import correction_factors
 from .eigenvector import HessianVectorProduct, first_vector, power_iteration, random_unit_vector
 from .hessian import Loss, choose_method, hessian_vector_product, mean_loss
 from .hub import PushCallback, refusal_explained
@@ -34,7 +34,7 @@ from .replay import (
 from .scope import parameters_in_scope, trainable_parameters
 from .state import XSAMState
 from .support import refuse_unsupported
-from .tensors import is_sharded, norm, scale
+from .tensors import dot, is_sharded, norm, set_to_combination
 
 # The first refresh starts far from the eigenvector; all later ones where the last has left off.
 FIRST_ITERATIONS = 10
@@ -57,12 +57,16 @@ class XSAMTrainerMixin(_Trainer):
             Passed on to the trainer.
 
     Attributes:
+        rows_are_examples: whether each row of a batch is an example of its own, as it must be for a part of the batch
+            to have a loss like the whole's; to be set to `False` by trainers of, say, pairs in different rows.
         xsam_config: the settings.
         xsam_state ([`~hf_xsam.state.XSAMState`]): eigenvector, eigenvalue and step count.
 
     Raises:
         ValueError: for a set-up that X-SAM cannot work with, with what to use instead.
     """
+
+    rows_are_examples = True
 
     def __init__(self, *args: Any, xsam_config: XSAMConfig | None = None, **kwargs: Any) -> None:
         if not isinstance(xsam_config, XSAMConfig | None):
@@ -130,7 +134,8 @@ class XSAMTrainerMixin(_Trainer):
         # What the second pass did not reach stays without a gradient, as it would in the stock Trainer.
         parameters = {name: p for name, p in parameters.items() if p.grad is not None}
         gradient = gradients(list(parameters.values()))
-        metrics["perturbed_gradient_norm"] = norm(gradient) * unscaled
+        length = norm(gradient)
+        metrics["perturbed_gradient_norm"] = length * unscaled
         self.xsam_state.step = step + 1
         scaler_skips = not refreshed and self.accelerator.scaler is not None
         if scaler_skips or not all_finite(self.accelerator, metrics.values()):
@@ -139,14 +144,12 @@ class XSAMTrainerMixin(_Trainer):
             return
         if config.corrects_at(step) and self.xsam_state.eigenvalue is not None:
             eigenvector = self.xsam_state.eigenvector_over(parameters)
-            corrected = corrected_gradient(
-                gradient, eigenvector, config.alpha, config.correction, config.normalize_gradient
-            )
+            along = dot(gradient, eigenvector)
+            metrics |= {"eigenvalue": self.xsam_state.eigenvalue, **alignment(along, length)}
+            size, change = correction_factors(length, along, config.alpha, config.correction, config.normalize_gradient)
             # The optimizer's unscaling is still to come: a gradient of norm 1 needs the GradScaler's factor again.
             factor = 1 / unscaled if config.normalize_gradient else torch.ones_like(unscaled)
-            metrics |= {"eigenvalue": self.xsam_state.eigenvalue, **alignment(gradient, eigenvector)}
-            for old, new in zip(gradient, scale(factor, corrected), strict=True):
-                old.copy_(new)
+            set_to_combination(gradient, factor * size, eigenvector, factor * change)
         self._xsam_metrics.add({f"xsam/{name}": value for name, value in metrics.items()})
 
     def _refresh_eigenvector(self, replay: Replay) -> bool:
@@ -161,12 +164,12 @@ class XSAMTrainerMixin(_Trainer):
         if not all_finite(self.accelerator, [norm(gradient)]):
             return False
         local = self.xsam_config.ascent == "local"
-        part = replay.part(self.xsam_config.eigen_batch_fraction)
+        part = replay.part(self.xsam_config.eigen_batch_fraction, self.rows_are_examples)
         loss = Loss(
-            terms=part.losses,
+            terms=lambda: replay.losses(part),
             gradient=lambda parameters: replay.gradient(parameters, synchronize=not local),
             gradient_is_local=local,
-            single_term=len(part.micro_batches) == 1,
+            single_term=len(part) == 1,
         )
         start, iterations = state.warm_start(scope), self.xsam_config.power_iterations
         if start is None:

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from accelerate import ParallelismConfig, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
@@ -81,15 +81,18 @@ class MeanLossXSAM(XSAMTrainerMixin, MeanLoss):
     pass
 
 
-class GatherCounter(TorchDispatchMode):
-    """Counts the collectives that gather something."""
+class CollectiveCounter(TorchDispatchMode):
+    """Counts the collectives that gather or scatter something, and the all-reduces of more than one number."""
 
     def __init__(self):
         super().__init__()
-        self.count = 0
+        self.gathers = self.scatters = self.all_reduces = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += "gather" in func.name() and func.name().startswith("c10d::")
+        if func.name().startswith("c10d::"):
+            self.gathers += "gather" in func.name()
+            self.scatters += "scatter" in func.name()
+            self.all_reduces += "allreduce" in func.name() and sum(tensor.numel() for tensor in args[0]) > 1
         return func(*args, **(kwargs or {}))
 
 
@@ -141,10 +144,12 @@ def train(case, folder):
     )  # fmt: skip
     observer.trainer = trainer
     resume = case.get("resume")
-    with GatherCounter() if sharded else nullcontext() as gathers:
+    with CollectiveCounter() as collectives:
         trainer.train(resume_from_checkpoint=resume)
     result = {"logs": logs_of(trainer), "weights": weights(trainer), "ranks_agree": observer.ranks_agree}
-    result |= {"all_reduces": observer.all_reduces, "gathers": gathers.count if sharded else 0}
+    result |= {"gradient_all_reduces": observer.all_reduces, "all_reduces": collectives.all_reduces}
+    result |= {"gathers": collectives.gathers, "scatters": collectives.scatters}
+    result["units"] = sum(isinstance(module, FSDPModule) for module in model.modules())
     if config is not None and trainer.xsam_state.eigenvector is not None:
         vector = trainer.xsam_state.eigenvector
         result["eigenvector"] = {name: whole(part) for name, part in vector.items()}

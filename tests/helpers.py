@@ -10,12 +10,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
 )
 
 from hf_xsam import XSAMTrainer
@@ -99,6 +105,7 @@ class WeightRecorder(TrainerCallback):
         self.after_gradient.append(weights_of(model))
 
 
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 WORDS = ["good", "fine", "great", "bad", "poor", "dull", "film", "plot", "a", "the", "positive", "negative", ":"]
 
 
@@ -115,3 +122,24 @@ def save_tiny_language_model(folder):
     config = LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes, **tokens)
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
+
+
+def save_tiny_classifier(folder, **config):
+    """Save a BERT of one small layer and a tokenizer of `WORDS`, and return the model."""
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), **TINY, **config))
+    model.save_pretrained(folder)
+    return model
+
+
+def save_tiny_image_classifier(folder, classes):
+    """Save a ViT of one small layer for images of 8 x 8 pixels and its image processor, and return the model."""
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=classes, **TINY))
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return model

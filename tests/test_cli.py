@@ -1,4 +1,4 @@
-"""`hf-xsam sharpness` in a process of its own, on saved models and adapters of each task, and its errors."""
+"""`hf-xsam` in a process of its own; `hf-xsam sharpness` on saved models and adapters of each task; their errors."""
 
 import csv
 import json
@@ -18,34 +18,18 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
-    BertTokenizerFast,
     DataCollatorWithPadding,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
 )
 
 from hf_xsam import cli
 from hf_xsam.data.movie_reviews import cached_archive
 from hf_xsam.sharpness import measure
 
-from .helpers import save_tiny_language_model
+from .helpers import TINY, WORDS, save_tiny_classifier, save_tiny_image_classifier, save_tiny_language_model
 
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-WORDS = ["good", "fine", "great", "bad", "poor", "dull", "film", "plot"]
 FEW = ["--samples", "12", "--batch_size", "5", "--trace_samples", "2", "--slice_points", "3", "--device", "cpu"]
 QUIET = ["--progress", "false"]
 ROOT = Path(__file__).parent.parent
-
-
-def save_classifier(folder, **config):
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(vocab_size=13, **SIZES, **config))
-    model.save_pretrained(folder)
-    return model
 
 
 @pytest.fixture
@@ -67,13 +51,10 @@ def run(*words):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def measured(model, dataset, *options, file=None):
-    result = run("sharpness", model, "--dataset", dataset, *FEW, *options)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "eigenvalue 1" in result.stdout
-    path = Path(file or Path(model) / "sharpness.json")
-    assert f"Written to {path}" in result.stdout
-    return json.loads(path.read_text())
+def measured(model, dataset, *options):
+    """Run `hf-xsam sharpness` in this process, and return what it writes."""
+    cli.main(["sharpness", str(model), "--dataset", str(dataset), *FEW, *QUIET, *map(str, options)])
+    return json.loads((Path(model) / "sharpness.json").read_text())
 
 
 def refused(capsys, *words):
@@ -86,7 +67,7 @@ def refused(capsys, *words):
 
 def test_a_text_classifier_on_a_file_equals_measure(tmp_path, reviews):
     names = {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}}  # not in the order of the alphabet
-    model = save_classifier(tmp_path / "model", **names)
+    model = save_tiny_classifier(tmp_path / "model", **names)
     found = measured(tmp_path / "model", reviews, "--top_k", 2, "--samples", 100, "--rhos", "0.02", "0.1")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     with open(reviews) as file:
@@ -103,18 +84,14 @@ def test_a_text_classifier_on_a_file_equals_measure(tmp_path, reviews):
 
 
 def test_an_image_classifier_on_digits(tmp_path):
-    torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=10, **SIZES)).save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
-    found = measured(
-        tmp_path,
-        "digits",
-        "--split",
-        "validation",
-        "--output_file",
-        tmp_path / "here" / "s.json",
-        file=tmp_path / "here" / "s.json",
-    )
+    save_tiny_image_classifier(tmp_path, classes=10)
+    file = tmp_path / "here" / "s.json"
+    options = ["--split", "validation", "--output_file", file]
+    result = run("sharpness", tmp_path, "--dataset", "digits", *FEW, *options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "eigenvalue 1" in result.stdout
+    assert f"Written to {file}" in result.stdout
+    found = json.loads(file.read_text())
     assert found["settings"]["split"] == "validation"
     assert found["trace"]["samples"] == 2
 
@@ -141,7 +118,7 @@ def adapter_of(model, folder, base, **settings):
 
 
 def test_a_classifiers_adapter(tmp_path, reviews):
-    model = save_classifier(tmp_path / "base")
+    model = save_tiny_classifier(tmp_path / "base")
     adapted = adapter_of(model, tmp_path / "adapter", tmp_path / "base", task_type="SEQ_CLS")
     found = measured(tmp_path / "adapter", reviews, "--eigen_scope", "lora")
     assert found["settings"]["parameters"] == sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
@@ -152,7 +129,7 @@ def test_a_classifiers_adapter(tmp_path, reviews):
 
 def test_an_adapters_base_gets_the_datas_classes(tmp_path):
     """The base model has a head of two classes, the adapter one of three."""
-    save_classifier(tmp_path / "base")
+    save_tiny_classifier(tmp_path / "base")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True)
     adapter_of(model, tmp_path / "adapter", tmp_path / "base", task_type="SEQ_CLS")
     features = Features({"text": Dataset.from_dict({"text": [""]}).features["text"], "label": ClassLabel(3)})
@@ -163,10 +140,7 @@ def test_an_adapters_base_gets_the_datas_classes(tmp_path):
 
 
 def test_an_adapter_without_a_task_type(tmp_path):
-    torch.manual_seed(0)
-    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=2, **SIZES))
-    model.save_pretrained(tmp_path / "base")
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "base")
+    model = save_tiny_image_classifier(tmp_path / "base", classes=2)
     adapter_of(model, tmp_path / "adapter", tmp_path / "base")
     data = {"image": [torch.full((8, 8), 20 * i).to(torch.uint8).numpy() for i in range(12)], "label": [0, 1] * 6}
     features = Features({"image": Image(), "label": ClassLabel(2)})
@@ -178,20 +152,24 @@ def test_an_adapter_without_a_task_type(tmp_path):
 def test_a_language_models_adapter(tmp_path):
     base = save_tiny_language_model(tmp_path / "base")
     adapter_of(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", base, task_type="CAUSAL_LM")
-    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"a {word} film"}) for word in WORDS))
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"a {word} film"}) for word in WORDS[:8]))
     found = measured(tmp_path / "adapter", tmp_path / "texts.jsonl", "--hvp", "finite_difference")
     assert found["settings"]["hvp"] == "finite_difference"
     assert found["settings"]["targets"] == 8 * 3
 
 
-def test_help():
-    overview, help_ = run("--help"), run("sharpness", "--help")
-    assert "measure how sharp" in overview.stdout
-    assert "usage: hf-xsam sharpness MODEL --dataset DATASET" in help_.stdout
-    assert "--top_k" in help_.stdout
-    nothing, unknown = run(), run("flatness")
-    assert nothing.returncode == unknown.returncode == 2
-    assert "invalid choice: 'flatness'" in unknown.stderr
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    assert re.search("sharpness +measure how sharp.*\n +plot +draw runs", capsys.readouterr().out)
+    for words in (["sharpness", "MODEL", "--dataset DATASET"], ["plot", "RUNS"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([words[0], "--help"])
+        assert ended.value.code == 0
+        assert f"usage: hf-xsam {' '.join(words)} [--option value ...]" in capsys.readouterr().out
+    assert "invalid choice: 'flatness'" in refused(capsys, "flatness")
+    assert "required: COMMAND" in refused(capsys)
 
 
 def test_a_mistake_is_a_sentence_and_no_traceback(tmp_path):
@@ -205,10 +183,10 @@ def test_models_that_do_not_fit_are_named(tmp_path, reviews, capsys):
     (tmp_path / "run" / "checkpoint-7").mkdir(parents=True)
     message = refused(capsys, "sharpness", tmp_path / "run", "--dataset", reviews)
     assert "holds no saved model or adapter. Measure one of its checkpoints: checkpoint-7." in message
-    BertForMaskedLM(BertConfig(vocab_size=13, **SIZES)).save_pretrained(tmp_path / "masked")
+    BertForMaskedLM(BertConfig(vocab_size=18, **TINY)).save_pretrained(tmp_path / "masked")
     message = refused(capsys, "sharpness", tmp_path / "masked", "--dataset", reviews)
     assert "is a BertForMaskedLM; it must be one for text classification" in message
-    model = save_classifier(tmp_path / "base")
+    model = save_tiny_classifier(tmp_path / "base")
     adapter_of(model, tmp_path / "adapter", tmp_path / "base", task_type="SEQ_CLS")
     (tmp_path / "base").rename(tmp_path / "moved")
     message = refused(capsys, "sharpness", tmp_path / "adapter", "--dataset", reviews)
@@ -237,7 +215,7 @@ def test_models_that_do_not_fit_are_named(tmp_path, reviews, capsys):
     ],
 )
 def test_options_that_do_not_fit_are_named(tmp_path, reviews, capsys, options, message):
-    save_classifier(tmp_path / "model")
+    save_tiny_classifier(tmp_path / "model")
     data = [] if "--dataset" in options else ["--dataset", reviews]
     assert re.search(message, refused(capsys, "sharpness", tmp_path / "model", *data, *FEW, *QUIET, *options))
 

@@ -121,6 +121,6 @@ def test_schedules():
     config = XSAMConfig(rho=0.4, rho_warmup_steps=4, eigen_start_step=3, eigen_interval=2)
     assert [config.rho_at(step) for step in range(6)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.4])
     assert [step for step in range(6) if config.refreshes_at(step, None)] == [3, 4, 5]
-    assert [step for step in range(10) if config.refreshes_at(step, 5)] == [3, 4, 7, 8, 9]
+    assert [step for step in range(10) if config.refreshes_at(step, 5)] == [3, 4, 5, 7, 8, 9]
     assert XSAMConfig(rho=0.4).rho_at(0) == 0.4
     assert not XSAMConfig(alpha=0.0).refreshes_at(0, None)

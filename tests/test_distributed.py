@@ -13,7 +13,9 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"
-XSAM = {"rho": 0.1, "alpha": 0.5, "eigen_interval": 2, "normalize_gradient": False}
+# v of the whole batch, for a part is other examples on several processes than on one; nothing stays of v's start.
+EIGEN = {"eigen_interval": 2, "eigen_batch_fraction": 1.0, "eigen_momentum": 0.0}
+XSAM = {"rho": 0.1, "alpha": 0.5, "normalize_gradient": False, **EIGEN}
 SAM = {"rho": 0.1, "alpha": 0.0}
 
 
@@ -59,6 +61,7 @@ def ddp_cases(world):
         "one fused": case(XSAM, world, model="fused", arguments={"ddp_find_unused_parameters": True}),
         "global SAM": case(SAM, world, accumulation=1),
         "local SAM": case({**SAM, "ascent": "local"}, world, accumulation=1),
+        "accumulated SAM": case(SAM, world),
     }
 
 
@@ -117,8 +120,12 @@ class TestDistributedDataParallel:
     def test_local_ascent_saves_an_all_reduce(self, several):
         steps = len(several["global SAM"]["logs"])
         assert steps == 8
-        assert several["global SAM"]["all_reduces"] % (2 * steps) == 0
-        assert several["local SAM"]["all_reduces"] * 2 == several["global SAM"]["all_reduces"]
+        assert several["global SAM"]["gradient_all_reduces"] % (2 * steps) == 0
+        assert several["local SAM"]["gradient_all_reduces"] * 2 == several["global SAM"]["gradient_all_reduces"]
+
+    def test_an_exact_product_costs_one_all_reduce(self, several):
+        # 2 refreshes of an iteration, the first with 10 more, and a vector of less than a bucket.
+        assert several["exact"]["all_reduces"] - several["accumulated SAM"]["all_reduces"] == 12
 
     @pytest.mark.parametrize("several", [4], indirect=True)
     def test_two_replicas_of_two_shards_equal_four_of_the_whole(self, several):
@@ -167,12 +174,12 @@ class TestFullyShardedDataParallel:
         assert result["held"] == pytest.approx(size / 2, rel=0.05)
 
     def test_nothing_is_gathered_but_for_forward_and_backward_passes(self, sharded):
-        # 4 steps of 2 micro-batches; 2 refreshes of 5 finite differences.
-        passes = {"stock": 8, "SAM": 16, "bert float64 fsdp2": 16 + 20}
+        # 4 steps of 2 micro-batches; 2 refreshes of an iteration, the first with 10 more.
+        passes = {"stock": 8, "SAM": 16, "bert float64 fsdp2": 16 + 24}
         gathers = {name: sharded[name]["gathers"] for name in passes}
         each = (gathers["SAM"] - gathers["stock"]) / 8
         assert each > 0
-        assert gathers["bert float64 fsdp2"] - gathers["SAM"] == 20 * each
+        assert gathers["bert float64 fsdp2"] - gathers["SAM"] == 24 * each
 
 
 # Not SGD without momentum: FSDP2's checkpoints of an optimizer without state cannot be read back (torch 2.13).

@@ -1,11 +1,12 @@
 """README and docs: every code block runs, every quoted message is in the source, every link leads somewhere."""
 
 import ast
+import json
 import math
 import re
 import shlex
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from shutil import copytree
@@ -22,11 +23,11 @@ from hf_xsam import cli as command_line
 
 from .cases import tiny_bert
 from .fake_hub import Repository
-from .helpers import examples_of, save_tiny_language_model
+from .helpers import examples_of, save_tiny_classifier, save_tiny_image_classifier, save_tiny_language_model
 from .runs_on_disk import trained_runs
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MESSAGES = ROOT / "docs" / "troubleshooting.md"  # the page whose text blocks are messages
 LANGUAGES = ("python", "bash", "yaml", "text")
 
@@ -113,6 +114,14 @@ SMALL = {
     "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "output_dir": "output",
 }  # fmt: skip
 
+# A model for each of the embedded data sets, and options that make its measurement short.
+SAVE_TINY = {
+    "digits": partial(save_tiny_image_classifier, classes=10),
+    "movie_reviews": save_tiny_classifier,
+    "movie_text": save_tiny_language_model,
+}
+FEW = ["--samples", "8", "--trace_samples", "2", "--slice_points", "3", "--device", "cpu", "--progress", "false"]
+
 
 def commands():
     """Return each command of each line of each block, as its words, once for all pages."""
@@ -138,12 +147,19 @@ def test_shell(words, tmp_path, monkeypatch):
             assert name in (".", "hf_xsam")
             assert set(filter(None, extras.split(","))) <= known_extras()
             assert (ROOT / "constraints.txt").exists()
+        case ["python", script, *options] if script.startswith("experiments/"):
+            import_module(Path(script).stem).parse(options)  # what they do takes hours, and has tests of its own
         case ["python", script, *options]:
             run_recipe(script, options, tmp_path, monkeypatch)
         case ["accelerate", "launch", *arguments]:
             launch = launch_command_parser().parse_args(arguments)
             assert launch.config_file is None or (ROOT / launch.config_file).is_file()
             parse_only(launch.training_script, launch.training_script_args, monkeypatch)
+        case ["hf-xsam", "sharpness", model, *arguments]:
+            monkeypatch.chdir(tmp_path)
+            SAVE_TINY[arguments[arguments.index("--dataset") + 1]](tmp_path / model)
+            command_line.main(["sharpness", model, *arguments, *FEW])
+            assert len(json.loads((tmp_path / model / "sharpness.json").read_text())["eigenvalues"]) > 0
         case ["hf-xsam", "plot", *arguments]:
             trained_runs(tmp_path / "trained")
             for run in arguments[: arguments.index("--output")]:

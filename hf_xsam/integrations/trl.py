@@ -37,6 +37,10 @@ class XSAMDPOTrainer(XSAMTRLTrainerMixin, DPOTrainer):
     Hessian-vector products are finite differences.
     """
 
+    rows_are_examples = False  # a batch has the chosen answers first, then the rejected ones
+
 
 class XSAMRewardTrainer(XSAMTRLTrainerMixin, RewardTrainer):
     """[`~trl.RewardTrainer`] with X-SAM: takes `xsam_config` beside the arguments of `RewardTrainer`."""
+
+    rows_are_examples = False  # as in DPO
