@@ -27,7 +27,7 @@ from .helpers import examples_of, save_tiny_classifier, save_tiny_image_classifi
 from .runs_on_disk import trained_runs
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MESSAGES = ROOT / "docs" / "troubleshooting.md"  # the page whose text blocks are messages
 LANGUAGES = ("python", "bash", "yaml", "text")
 
@@ -147,6 +147,8 @@ def test_shell(words, tmp_path, monkeypatch):
             assert name in (".", "hf_xsam")
             assert set(filter(None, extras.split(","))) <= known_extras()
             assert (ROOT / "constraints.txt").exists()
+        case ["python", script, *options] if script.startswith("experiments/"):
+            import_module(Path(script).stem).parse(options)  # what they do takes hours, and has tests of its own
         case ["python", script, *options]:
             run_recipe(script, options, tmp_path, monkeypatch)
         case ["accelerate", "launch", *arguments]:

@@ -1,0 +1,141 @@
+"""Which runs there are, in which order, with which settings; and the files that hold their results."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from cost import CostJob, long_epochs
+from tasks import TASKS, Task
+from training import ALL_MODES, LONG, MODES, Job
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def default_modes(task: Task) -> list[str]:
+    """Return the modes run when none is named: Adam divides the gradient's scale out, so "paper" is enough there."""
+    return [mode for mode in ALL_MODES if mode != "paper_norm_kept" or task.arguments.get("optim") == "sgd"]
+
+
+def grid(task: Task, mode: str) -> list[tuple[float, float | None]]:
+    """Return the learning rates and rhos tried for a mode; as many points for each."""
+    if mode == "stock":
+        return [(rate, None) for rate in task.stock_learning_rates]
+    return [(rate, rho) for rate in task.learning_rates for rho in task.rhos]
+
+
+def tuning_jobs(name: str, modes: Iterable[str], epochs: float | None = None) -> list[Job]:
+    """Return the runs that the settings of `modes` are chosen by; a "_long" mode takes those of the mode it extends."""
+    task = TASKS[name]
+    epochs = task.arguments["num_train_epochs"] if epochs is None else epochs
+    tuned = [mode for mode in MODES if mode in {mode.removesuffix(LONG) for mode in modes}]
+    points = len(grid(task, "stock"))
+    return [
+        Job(name, "tuning", mode, seed, *grid(task, mode)[point], epochs)
+        for seed in task.tuning_seeds
+        for point in range(points)
+        for mode in tuned
+    ]
+
+
+def chosen_settings(jobs: Sequence[Job], results: Path, task: Task) -> tuple[float, float | None] | None:
+    """Return learning rate and rho of a mode's best runs: best mean metric on the validation split, then mean loss.
+
+    Args:
+        jobs: all tuning runs of one mode.
+        results: the folder that holds their results.
+        task: that it is.
+
+    Returns:
+        None while results are missing.
+    """
+    scores: dict[tuple[float, float | None], list[tuple[float, float]]] = {}
+    for job in jobs:
+        if not job.path(results).is_file():
+            return None
+        validation = read(job.path(results))["metrics"]["validation"]
+        value, loss = (math.nan if x is None else x for x in (validation[task.metric], validation["loss"]))
+        score = (value if task.greater_is_better else -value, -loss)
+        # A run that diverged counts as the worst.
+        score = tuple(-math.inf if math.isnan(x) else x for x in score)
+        scores.setdefault((job.learning_rate, job.rho), []).append(score)
+    return max(scores, key=lambda point: tuple(sum(x) / len(x) for x in zip(*scores[point], strict=True)))
+
+
+def reporting_jobs(
+    name: str, part: str, modes: Sequence[str], seeds: Iterable[int], results: Path, epochs: float | None = None
+) -> tuple[list[Job], list[str]]:
+    """Return the runs that are reported, all modes of a seed before the next seed.
+
+    Args:
+        name: the task's.
+        part: "fixed" or "tuned".
+        modes, seeds: to run.
+        results: folder with the results of tuning and the costs of a step.
+        epochs: instead of the task's.
+
+    Returns:
+        The runs, and the modes that wait for a result of tuning, or for the cost of a step, that there is not.
+    """
+    task = TASKS[name]
+    epochs = task.arguments["num_train_epochs"] if epochs is None else epochs
+    cost_file = CostJob(name).path(results)
+    found: dict[str, tuple[float, float | None, float]] = {}
+    for mode in modes:
+        base = mode.removesuffix(LONG)
+        point: tuple[float, float | None] | None = (task.learning_rate, None if base == "stock" else task.rho)
+        if part == "tuned":
+            point = chosen_settings(tuning_jobs(name, [base], epochs), results, task)
+        if point is not None and (mode == base or cost_file.is_file()):
+            length = epochs if mode == base else long_epochs(epochs, mode, read(cost_file))
+            found[mode] = (*point, length)
+    jobs = [Job(name, part, mode, seed, *found[mode]) for seed in seeds for mode in modes if mode in found]
+    return jobs, [mode for mode in modes if mode not in found]
+
+
+def is_done(job: Job | CostJob, results: Path) -> bool:
+    """Return whether there is a result of the job.
+
+    Raises:
+        ValueError: for a result of the same name under other settings.
+    """
+    path = job.path(results)
+    if not path.is_file():
+        return False
+    settings, found = json.loads(json.dumps(job.settings())), read(path)["settings"]
+    if settings != found:
+        changed = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
+        raise ValueError(
+            f"{path} was run with other settings ({', '.join(changed)}). Delete it to run it again, with all that it "
+            "is compared with, or name another folder with --results."
+        )
+    return True
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a result."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a result so that a reader finds all of it or nothing; numbers that are not finite become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
+    with NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    try:
+        os.replace(file.name, path)
+    except OSError:
+        os.unlink(file.name)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,211 @@
+"""One run: train a task in a mode, then measure the model. The record that it returns is what a result file holds."""
+
+import math
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tasks import TASKS, Prepared, Task
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from hf_xsam import XSAMConfig, XSAMTrainer
+from hf_xsam.sharpness import measure
+
+# XSAMConfig's fields of each mode, None for the stock Trainer. The corrections keep the gradient's norm, so that they
+# differ from SAM along the eigenvector alone; "paper" is Eq. 11 as published, which sets the norm to about 1.
+MODES: dict[str, dict[str, Any] | None] = {
+    "stock": None,
+    "sam": {"alpha": 0.0},
+    "paper": {"correction": "paper", "alpha": 0.2, "normalize_gradient": True},
+    "paper_norm_kept": {"correction": "paper", "alpha": 0.2, "normalize_gradient": False},
+    "projection": {"correction": "projection", "alpha": 0.2, "normalize_gradient": False},
+    "aligned_0.5": {"correction": "aligned", "alpha": 0.5, "normalize_gradient": False},
+    "aligned_1": {"correction": "aligned", "alpha": 1.0, "normalize_gradient": False},
+    "aligned_2": {"correction": "aligned", "alpha": 2.0, "normalize_gradient": False},
+}
+LONG = "_long"  # "stock_long", "sam_long": as many steps of that mode as cost what X-SAM's run costs
+ALL_MODES = [*MODES, "stock" + LONG, "sam" + LONG]
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "scikit-learn", "scipy", "numpy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: where its result belongs, and the settings that are its own.
+
+    Attributes:
+        task: a key of `TASKS`.
+        part: "fixed", the task's own learning rate and rho; "tuning", one point of the grid; "tuned", the best one.
+        mode: one of `ALL_MODES`.
+        seed: of the run.
+        learning_rate, rho: rho is None for the stock optimizer.
+        epochs: to train for, where "_long" modes have more.
+    """
+
+    task: str
+    part: str
+    mode: str
+    seed: int
+    learning_rate: float
+    rho: float | None
+    epochs: float
+
+    def __str__(self) -> str:
+        grid = f", learning rate {self.learning_rate:g}" + ("" if self.rho is None else f", rho {self.rho:g}")
+        return f"{self.task}, {self.part}, {self.mode}, seed {self.seed}" + grid * (self.part == "tuning")
+
+    def path(self, results: Path) -> Path:
+        """Return the result file's place."""
+        rho = "" if self.rho is None else f"_rho{self.rho:g}"
+        name = f"lr{self.learning_rate:g}{rho}_seed{self.seed}" if self.part == "tuning" else str(self.seed)
+        return results / self.task / self.part / self.mode / f"{name}.json"
+
+    def xsam_config(self) -> XSAMConfig | None:
+        """Return X-SAM's settings; the eigenvector's are the library's defaults."""
+        fields = MODES[self.mode.removesuffix(LONG)]
+        return None if fields is None else XSAMConfig(rho=self.rho, **TASKS[self.task].xsam, **fields)
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that decides the run's outcome besides its seed, as JSON gives it back."""
+        config = self.xsam_config()
+        return {
+            "learning_rate": self.learning_rate,
+            "epochs": self.epochs,
+            "arguments": dict(TASKS[self.task].arguments),
+            "xsam": None if config is None else config.to_dict(),
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Train and measure, on one thread; return the record: settings, versions, metrics and cost.
+
+        Losses and metrics are measured in evaluation mode, the training loss on the task's sample of training examples
+        with the labels that were trained on. `test` is left out where the run is there for tuning.
+        """
+        torch.set_num_threads(1)
+        task, began = TASKS[self.task], time.monotonic()
+        prepared = task.prepare(self.seed)
+        with TemporaryDirectory() as folder:
+            trainer = build_trainer(self, prepared, training_arguments(self, folder))
+            forward_passes = ForwardPasses(prepared.model)
+            start, cpu_start = time.monotonic(), time.process_time()
+            trainer.train()
+            cost = {"train_seconds": time.monotonic() - start, "train_cpu_seconds": time.process_time() - cpu_start}
+            cost |= {"steps": trainer.state.global_step, "forward_passes": forward_passes.stop()}
+            metrics = {"validation": evaluate(trainer, prepared.splits["validation"], task)}
+            if self.part != "tuning":
+                sample = first(prepared.splits["train"], task.train_sample)
+                metrics |= {"test": evaluate(trainer, prepared.splits["test"], task)}
+                metrics |= {"train": evaluate(trainer, sample, task)}
+                metrics["loss_gap"] = metrics["test"]["loss"] - metrics["train"]["loss"]
+                metrics["top_eigenvalue"] = top_eigenvalue(trainer, task)
+        return {
+            "task": self.task,
+            "part": self.part,
+            "mode": self.mode,
+            "seed": self.seed,
+            "settings": self.settings(),
+            "metrics": metrics,
+            "cost": cost | {"total_seconds": time.monotonic() - began},
+            **provenance(),
+        }
+
+
+def training_arguments(job: Job, folder: str, **overrides: Any) -> TrainingArguments:
+    """Return the task's arguments with the job's own, on one CPU, saving and reporting nothing."""
+    settings = {
+        **TASKS[job.task].arguments,
+        "num_train_epochs": job.epochs,
+        "learning_rate": job.learning_rate,
+        "seed": job.seed,
+        "output_dir": folder,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**settings, **overrides})
+
+
+def build_trainer(job: Job, prepared: Prepared, args: TrainingArguments, **settings: Any) -> Trainer:
+    """Return the trainer of the job's mode on the prepared model and data."""
+    task, config = TASKS[job.task], job.xsam_config()
+    settings |= {"model": prepared.model, "args": args, "train_dataset": prepared.splits["train"]}
+    settings |= prepared.settings
+    trainer = Trainer(**settings) if config is None else XSAMTrainer(xsam_config=config, **settings)
+    if task.mean_loss:
+        trainer.model_accepts_loss_kwargs = False
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+class ForwardPasses:
+    """Counts the model's forward passes, whoever asks for them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.count = 0
+        self._handle = model.register_forward_pre_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        self.count += 1
+
+    def stop(self) -> int:
+        """Stop counting and return the number."""
+        self._handle.remove()
+        return self.count
+
+
+class StepClock(TrainerCallback):
+    """Notes the CPU seconds that this process has used, at the end of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Read the clock."""
+        self.seconds.append(time.process_time())
+
+
+def top_eigenvalue(trainer: Trainer, task: Task) -> float:
+    """Return the top eigenvalue of the training loss, in evaluation mode, on the task's fixed sample, as one batch.
+
+    The measure is the same whatever trained the model: of all trainable weights, by Lanczos from one random start. It
+    is nan where there is none to be found, for a run that diverged.
+    """
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(task.curvature_sample)])
+    without = {"trace_samples": 0, "rhos": (), "distances": (), "progress": False}
+    try:
+        # The eigenvalue's error is of the order of the residual's square: within 0.01% on these tasks.
+        found = measure(trainer.model, [batch], top_k=1, hvp=task.curvature_hvp, tolerance=0.01, **without)
+    except ArithmeticError:
+        return math.nan
+    return found.eigenvalues[0]
+
+
+def first(examples: Any, count: int) -> Any:
+    """Return the first `count` examples of a list or a data set, or all of fewer."""
+    return examples[:count] if isinstance(examples, list) else examples.select(range(min(count, len(examples))))
+
+
+def evaluate(trainer: Trainer, examples: Any, task: Task) -> dict[str, float]:
+    """Return loss and the task's metric on `examples`."""
+    found = trainer.evaluate(examples)
+    return {"loss": found["eval_loss"], task.metric: found[f"eval_{task.metric}"]}
+
+
+def provenance() -> dict[str, Any]:
+    """Return the versions, the commit of the checkout, whether it had changes, and the processor."""
+    git = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], **git).stdout.strip()
+    changes = subprocess.run(["git", "status", "--porcelain", "--", "*.py"], **git).stdout.strip()
+    return {
+        "commit": commit + ("-modified" if changes else ""),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "processor": platform.processor() or platform.machine(),
+    }
