@@ -33,12 +33,9 @@ def sentences(seed=1, count=24):
     return examples_of({"input_ids": ids, "labels": (ids[:, 0] > 49).long()})
 
 
-def train(folder, kind=Trainer, callback=None, others=(), dataset=None, **overrides):
+def train(folder, kind=Trainer, callback=None, others=(), dataset=None, compute_loss_func=None, **overrides):
     """Train a tiny BERT with dropout by `kind`; `callback` is the settings of an XSAMCallback."""
     settings = {"xsam_config": XSAMConfig(rho=0.01, eigen_interval=2)} if kind is XSAMTrainer else {}
-    for name in ("compute_loss_func",):
-        if name in overrides:
-            settings[name] = overrides.pop(name)
     args = arguments(folder, **{"num_train_epochs": 1, "learning_rate": 1e-3, **overrides})
     data = sentences() if dataset is None else dataset
     trainer = kind(
@@ -47,6 +44,7 @@ def train(folder, kind=Trainer, callback=None, others=(), dataset=None, **overri
         train_dataset=data,
         eval_dataset=sentences(2),
         callbacks=list(others),
+        compute_loss_func=compute_loss_func,
         **settings,
     )
     if callback is not None:
