@@ -64,7 +64,7 @@ class Task:
         tuning_seeds: that the grid is tried with; the reported runs have others.
         train_sample: training examples that the final training loss is measured on, the first ones.
         curvature_sample: training examples that the final top eigenvalue is measured on, the first ones.
-        curvature_hvp: how its products are computed: by finite differences, at half the cost, where the model is smooth.
+        curvature_hvp: how its products are computed. Finite differences cost half, and are exact enough on MiniLM.
         mean_loss: whether the model's loss is a mean over a batch, whatever its `forward(**kwargs)` suggests.
     """
 
@@ -77,7 +77,7 @@ class Task:
     stock_learning_rates: Sequence[float]
     train_sample: int
     curvature_sample: int
-    curvature_hvp: str = "finite_difference"
+    curvature_hvp: str = "exact"
     tuning_seeds: Sequence[int] = (100, 101)
     metric: str = "accuracy"
     greater_is_better: bool = True
@@ -190,6 +190,7 @@ MOVIES: dict[str, Any] = {
     "stock_learning_rates": (2e-5, 5e-5, 1e-4, 1.5e-4, 2e-4, 4e-4),
     "train_sample": 500,
     "curvature_sample": 64,
+    "curvature_hvp": "finite_difference",
 }
 
 
@@ -224,7 +225,6 @@ TASKS: dict[str, Task] = {
         stock_learning_rates=(0.005, 0.01, 0.03, 0.05, 0.1, 0.2),
         train_sample=1077,
         curvature_sample=1077,
-        curvature_hvp="exact",
     ),
     "digits_vit": Task(
         digits_vit,
@@ -241,7 +241,6 @@ TASKS: dict[str, Task] = {
         stock_learning_rates=(2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
         train_sample=1077,
         curvature_sample=512,
-        curvature_hvp="exact",
     ),
     "movies_500": Task(
         lambda seed: movie_sentences(seed, train_samples=500),

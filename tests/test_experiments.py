@@ -306,6 +306,14 @@ def test_failed_interrupted_killed_and_run_again(tmp_path):
     )
 
 
+def test_a_run_that_diverged_has_a_result(tmp_path):
+    job = Job("digits_cnn", "fixed", "sam", 0, 1e20, 0.05, 0.1)
+    write(job.path(tmp_path), job.run())
+    metrics = read(job.path(tmp_path))["metrics"]
+    assert metrics["train"]["loss"] is None
+    assert metrics["top_eigenvalue"] is None
+
+
 def test_the_cost_of_a_step_counts_both_passes_of_sam():
     counted = {mode: operations(job) for mode, job in CostJob("digits_cnn").jobs().items()}
     assert counted["sam"] == 2 * counted["stock"]
