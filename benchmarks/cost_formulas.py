@@ -115,26 +115,35 @@ def flops(model: Llama, tokens: int, length: int) -> tuple[int, int]:
     return 2 * tokens * once, 2 * tokens * twice
 
 
-def share(policy: Policy, micro_batches: int) -> float:
-    """Return the share of a step's examples that an exact product takes: ceil(f A) / A, and f itself where f A <= 1."""
+def share(policy: Policy, micro_batches: int, rows: int) -> float:
+    """Return the share of a step's examples that an exact product takes: f, in whole rows of ceil(f A) micro-batches.
+
+    Args:
+        policy: whose f it is.
+        micro_batches: A.
+        rows: examples of a micro-batch.
+    """
     assert policy.config is not None
-    fraction = policy.config.eigen_batch_fraction
-    return max(fraction, ceil(fraction * micro_batches) / micro_batches if fraction * micro_batches > 1 else 0)
+    wanted = policy.config.eigen_batch_fraction * micro_batches
+    return ceil(wanted) * ceil(wanted / ceil(wanted) * rows) / (micro_batches * rows)
 
 
 def step_flops(policy: Policy, model: Llama, tokens: int, length: int, micro_batches: int) -> float:
     """Return the operations of a step of one process.
 
-    gradients * F, and for exact products s (F + n D) / k where their share s is of one micro-batch, whose graph they
-    keep, else s n (F + D) / k; F and D from `flops`, D / F is 2, or about 1 with LoRA.
+    gradients * F, and for exact products s (F + n D) / k where their share s is one piece, whose graph they keep (a
+    quarter of a micro-batch, or all of the only one), else s n (F + D) / k; F and D from `flops`, D / F is 2, or about
+    1 with LoRA.
     """
     gradient, double = flops(model, tokens, length)
     total = policy.gradients * gradient
     if policy.exact and policy.products:
         assert policy.config is not None
-        kept = policy.config.eigen_batch_fraction * micro_batches <= 1
+        wanted = policy.config.eigen_batch_fraction * micro_batches
+        kept = wanted <= 0.25 or policy.config.eigen_batch_fraction == micro_batches == 1
         graphs = 1 / policy.config.eigen_interval if kept else policy.products
-        total += share(policy, micro_batches) * (graphs * gradient + policy.products * double)
+        rows = tokens // length // micro_batches
+        total += share(policy, micro_batches, rows) * (graphs * gradient + policy.products * double)
     return total
 
 

@@ -220,13 +220,18 @@ def forward_passes_evaluated(model: nn.Module) -> Iterator[None]:
     """Have forward passes within the block run in evaluation mode, also where a training step calls them.
 
     Dropout is off, and batch norm takes its running statistics. Modules that checkpoint their activations stay in
-    training mode, without which they would not; those within them do not. The modes hold until the end of the block,
-    for checkpointed modules run again in the backward pass.
+    training mode, without which they would not; those within them do not. Nor do quantized layers leave it, some of
+    which repack their weights to evaluate. The modes hold until the end of the block, for checkpointed modules run
+    again in the backward pass.
     """
+
+    def stays(module: nn.Module) -> bool:
+        quantized = any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False))
+        return quantized or getattr(module, "gradient_checkpointing", False)
 
     def evaluate(module: nn.Module, inputs: object) -> None:
         for part in module.modules():
-            part.training = part.training and getattr(part, "gradient_checkpointing", False)
+            part.training = part.training and stays(part)
 
     with modes_restored(model):
         handle = model.register_forward_pre_hook(evaluate)
