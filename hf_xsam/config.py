@@ -57,8 +57,8 @@ class XSAMConfig:
         power_iterations (`int`, *optional*, defaults to 1):
             Power iterations a refresh, at least 1. The first refresh, which knows no eigenvector yet, makes 10 more.
         eigen_batch_fraction (`float`, *optional*, defaults to 0.25):
-            Share of a step's examples that exact Hessian-vector products are computed on, above 0 to 1: rounded up to
-            whole micro-batches, or to examples of one. Finite differences take all, whose gradient is known.
+            Share of a step's examples that exact Hessian-vector products are computed on, above 0 to 1: the first rows
+            of as many micro-batches as it takes. Finite differences take all, whose gradient is known.
         eigen_momentum (`float`, *optional*, defaults to 0.3):
             Weight of the old eigenvector in each power iteration, from 0 to below 1, which averages over the batches
             of several refreshes: see [`hf_xsam.eigenvector.power_iteration`].
@@ -160,7 +160,7 @@ class XSAMConfig:
     def paper(cls, **settings: Any) -> "XSAMConfig":
         """Return the paper's settings, its authors' estimate of the eigenvector included; `settings` overrule them.
 
-        Every 5 steps, 5 power iterations on all of the step's examples: about 4 times the cost of SAM's own two passes.
+        Every 5 steps, 5 power iterations on all of the step's examples, which cost about as much as SAM's two passes.
         """
         authors = {"eigen_interval": 5, "power_iterations": 5, "eigen_batch_fraction": 1.0, "eigen_momentum": 0.0}
         return cls(**(authors | settings))

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .tensors import combination, dot, norm, reciprocal_or_zero
+from .tensors import add_scaled, dot, norm, reciprocal_or_zero, scale
 
 Correction = Literal["paper", "projection", "aligned"]
 
@@ -38,8 +38,9 @@ def corrected_gradient(
     Returns:
         d, shaped like `gradient`, in float32 or wider.
     """
-    factors = correction_factors(norm(gradient), dot(gradient, eigenvector), alpha, correction, normalize)
-    return combination(gradient, factors[0], eigenvector, factors[1])
+    length, along = norm(gradient), dot(gradient, eigenvector)
+    size, change = correction_factors(length, along, alpha, correction, normalize)
+    return add_scaled(scale(size, gradient), change, eigenvector)
 
 
 def correction_factors(

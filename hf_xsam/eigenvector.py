@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .perturbation import perturbed
-from .tensors import dot, norm, reciprocal_or_zero, scale, shard_like, wide_dtype
+from .tensors import dot, norm, reciprocal_or_zero, scale, set_to_combination, shard_like, wide_dtype
 
 HessianVectorProduct = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -172,8 +172,7 @@ def power_iteration(
         length = (size.square() - 2 * shift * value + shift.square()).sqrt()  # norm(H v - s v), for norm(v) is 1
         gain = (1 - momentum) * reciprocal_or_zero(length)
         kept = torch.where(length == 0, torch.ones_like(length), momentum - shift * gain)
-        for new, old in zip(product, vector, strict=True):  # in place: a refresh holds two vectors, not four
-            new.mul_(gain.to(new.device)).add_(kept.to(new.device) * old)
+        set_to_combination(product, gain, vector, kept)  # in place: a refresh holds two vectors, not four
         total = norm(product)
         for new in product:
             new.mul_((1 / total).to(new.device))

@@ -58,13 +58,8 @@ def add_scaled(tensors: Sequence[Tensor], factor: Tensor, others: Sequence[Tenso
     return [x + factor.to(x.device) * y for x, y in zip(tensors, others, strict=True)]
 
 
-def combination(tensors: Sequence[Tensor], a: Tensor, others: Sequence[Tensor], b: Tensor) -> list[Tensor]:
-    """Return a * x + b * y for each pair, in x's wide dtype; `a` and `b` are 0-dimensional."""
-    return add_scaled(scale(a, tensors), b, others)
-
-
 def set_to_combination(tensors: Sequence[Tensor], a: Tensor, others: Sequence[Tensor], b: Tensor) -> None:
-    """Set each x to a * x + b * y, without a copy of x where x is in its wide dtype."""
+    """Set each x to a * x + b * y, without a copy of x where x is in its wide dtype; `a` and `b` are 0-dimensional."""
     for x, y in zip(map(local, tensors), map(local, others), strict=True):
         if x.dtype == wide_dtype(x):
             x.mul_(a.to(x.device)).addcmul_(y, b.to(x.device))
