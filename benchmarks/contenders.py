@@ -93,6 +93,11 @@ def xsam(config: XSAMConfig) -> Callable[..., XSAMTrainer]:
 Contender = TrainerContender | HandWrittenSAM
 
 
+def steady(rho: float) -> XSAMConfig:
+    """Return X-SAM's defaults as they are once the refreshes' interval has grown: each block begins a training anew."""
+    return XSAMConfig(rho=rho, eigen_warmup_steps=0)
+
+
 def contenders(rho: float) -> dict[str, Callable[..., Contender]]:
     """Return by name what makes a contender from a workload, an output folder and a number of steps."""
 
@@ -102,7 +107,7 @@ def contenders(rho: float) -> dict[str, Callable[..., Contender]]:
     return {
         "stock Trainer": trainer(Trainer),
         "SAM": trainer(xsam(XSAMConfig(rho=rho, alpha=0.0))),
-        "X-SAM": trainer(xsam(XSAMConfig(rho=rho))),
+        "X-SAM": trainer(xsam(steady(rho))),
         "X-SAM, authors' policy": trainer(xsam(XSAMConfig.paper(rho=rho))),
         "pytorch_optimizer's SAM": HandWrittenSAM,
     }

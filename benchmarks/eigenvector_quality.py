@@ -56,7 +56,8 @@ class Watch(TrainerCallback):
         sample = self.workload.dataset.shuffle(seed=SEED).select(range(self.workload.reference_size))
         sample = sample.with_format(self.workload.dataset.format["type"])
         loader = DataLoader(sample, self.workload.batch_size, collate_fn=self.workload.collator)
-        return measure(model, loader, top_k=TOP, tolerance=1e-2, trace_samples=0, rhos=(), distances=(), progress=False)
+        without = {"trace_samples": 0, "rhos": (), "distances": (), "progress": False}
+        return measure(model, loader, top_k=TOP, tolerance=1e-2, hvp=self.workload.reference_hvp, **without)
 
 
 def quality(workload: Workload, configs: dict[str, XSAMConfig], folder: str, steps: int, every: int) -> dict[str, Any]:

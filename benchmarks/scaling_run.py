@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from collectives import CollectiveCounter
-from contenders import TrainerContender, xsam
+from contenders import TrainerContender, steady, xsam
 from scaling_sizes import LENGTH, MICRO_BATCH, SIZES, VOCABULARY
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -94,13 +94,13 @@ def measure(point: dict[str, Any], folder: str) -> dict[str, Any]:
         for name, make in {
             "stock Trainer": Trainer,
             "SAM": xsam(XSAMConfig(rho=task.rho, alpha=0.0)),
-            "X-SAM": xsam(XSAMConfig(rho=task.rho)),
+            "X-SAM": xsam(steady(task.rho)),
         }.items()
     }
     clocks = {name: Clocks() for name in made}
     for name, contender in made.items():
         contender.trainer.add_callback(clocks[name])
-        contender.block()  # not counted: the first refresh makes more iterations
+        contender.block()  # not counted: a first block warms up
     times: dict[str, dict[str, list[float]]] = {name: {clock: [] for clock in CLOCKS} for name in made}
     names = list(made)
     for repeat in range(point["repeats"]):

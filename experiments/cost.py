@@ -4,49 +4,63 @@ Seconds on a shared machine vary with what else runs on it. So the ratios are me
 kept in a file, and decide how many epochs the "_long" modes train.
 """
 
-import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from tasks import TASKS
 from torch.utils.flop_counter import FlopCounterMode
-from training import LONG, Job, StepClock, build_trainer, provenance, training_arguments
-
-from hf_xsam import XSAMConfig
+from training import LONG, Job, StepGauge, build_trainer, provenance, training_arguments
 
 MEASURED = ("stock", "sam", "paper")  # the other corrections cost what the paper's does
 ROUNDS = 3
+SKIPPED, STEPS = 10, 20  # of a measured run: what is not counted, and what is, a few refreshes among it
 
 
-def measured_steps() -> tuple[int, int]:
-    """Return how many steps go before the measured ones, and how many of those there are: whole refresh intervals."""
-    interval = XSAMConfig().eigen_interval
-    return interval, interval * math.ceil(10 / interval)
+def cost_of_a_step(job: Job, gauge: Callable[[], float]) -> float:
+    """Return by how much `gauge` rises in an optimizer step, as a mean over all steps of the job's run.
+
+    A few of its steps are run. Those that refresh the eigenvector cost more, and are weighted by how many the whole run
+    has.
+    """
+    readings = StepGauge(gauge)
+    prepared = TASKS[job.task].prepare(job.seed)
+    with TemporaryDirectory() as folder:
+        arguments = training_arguments(job, folder, max_steps=SKIPPED + STEPS)
+        trainer = build_trainer(job, prepared, arguments, callbacks=[readings])
+        trainer.train()
+    run = round(job.epochs * len(trainer.get_train_dataloader()))
+    refreshed = refreshes(job, run)
+    costs: dict[bool, list[float]] = {True: [], False: []}
+    for step in range(SKIPPED, SKIPPED + STEPS):
+        costs[step in refreshed].append(readings.values[step] - readings.values[step - 1])
+    plain = fmean(costs[False])
+    return plain + len(refreshed) / run * (fmean(costs[True]) - plain) if refreshed else plain
+
+
+def refreshes(job: Job, steps: int) -> list[int]:
+    """Return at which of its steps the job's run refreshes the eigenvector."""
+    config, found = job.xsam_config(), list[int]()
+    for step in range(steps if config else 0):
+        if config.refreshes_at(step, found[-1] if found else None):
+            found.append(step)
+    return found
 
 
 def cpu_seconds_per_step(job: Job) -> float:
     """Return the mean CPU time of an optimizer step."""
-    skipped, steps = measured_steps()
-    clock = StepClock()
-    _train(job, skipped + steps, callbacks=[clock])
-    return (clock.seconds[-1] - clock.seconds[-1 - steps]) / steps
+    return cost_of_a_step(job, time.process_time)
 
 
-def operations(job: Job) -> int:
-    """Return the floating point operations, of matrix products and convolutions, of as many steps as are measured."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        _train(job, measured_steps()[1])
-    return counter.get_total_flops()
-
-
-def _train(job: Job, steps: int, **settings: Any) -> None:
-    prepared = TASKS[job.task].prepare(job.seed)
-    with TemporaryDirectory() as folder:
-        build_trainer(job, prepared, training_arguments(job, folder, max_steps=steps), **settings).train()
+def operations(job: Job) -> float:
+    """Return the mean floating point operations of an optimizer step, of matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        return cost_of_a_step(job, counter.get_total_flops)
 
 
 def long_epochs(epochs: float, mode: str, cost: dict[str, Any]) -> float:
@@ -72,9 +86,9 @@ class CostJob:
     def jobs(self) -> dict[str, Job]:
         """Return a run of each mode that is measured."""
         task = TASKS[self.task]
+        rate, rho, epochs = task.learning_rate, task.rho, task.arguments["num_train_epochs"]
         return {
-            mode: Job(self.task, "fixed", mode, 0, task.learning_rate, None if mode == "stock" else task.rho, 1.0)
-            for mode in MEASURED
+            mode: Job(self.task, "fixed", mode, 0, rate, None if mode == "stock" else rho, epochs) for mode in MEASURED
         }
 
     def settings(self) -> dict[str, Any]:

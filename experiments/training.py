@@ -4,6 +4,7 @@ import math
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -161,15 +162,16 @@ class ForwardPasses:
         return self.count
 
 
-class StepClock(TrainerCallback):
-    """Notes the CPU seconds that this process has used, at the end of each optimizer step."""
+class StepGauge(TrainerCallback):
+    """Reads a gauge, such as a clock, at the end of each optimizer step."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    def __init__(self, gauge: Callable[[], float]) -> None:
+        self.gauge = gauge
+        self.values: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Read the clock."""
-        self.seconds.append(time.process_time())
+        """Read it."""
+        self.values.append(self.gauge())
 
 
 def top_eigenvalue(trainer: Trainer, task: Task) -> float:

@@ -50,18 +50,21 @@ class XSAMConfig:
             perturbed gradient.
 
     Parameters that control the eigenvector:
-        eigen_interval (`int`, *optional*, defaults to 8):
+        eigen_interval (`int`, *optional*, defaults to 10):
             Optimizer steps between two refreshes, at least 1. The paper uses 3 and 5.
         eigen_start_step (`int`, *optional*, defaults to 0):
             Optimizer step of the first refresh. Every step before it is plain SAM.
+        eigen_warmup_steps (`int`, *optional*, defaults to 80):
+            Optimizer steps, from the first refresh on, over which the interval grows from 1 to `eigen_interval`: the
+            Hessian changes most at the beginning, when the eigenvector is still to be found.
         power_iterations (`int`, *optional*, defaults to 1):
-            Power iterations a refresh, at least 1. The first refresh, which knows no eigenvector yet, makes 10 more.
-        eigen_batch_fraction (`float`, *optional*, defaults to 0.25):
+            Power iterations a refresh, at least 1.
+        eigen_batch_fraction (`float`, *optional*, defaults to 0.5):
             Share of a step's examples that exact Hessian-vector products are computed on, above 0 to 1: the first rows
             of as many micro-batches as it takes. Finite differences take all, whose gradient is known.
         eigen_momentum (`float`, *optional*, defaults to 0.3):
             Weight of the old eigenvector in each power iteration, from 0 to below 1, which averages over the batches
-            of several refreshes: see [`hf_xsam.eigenvector.power_iteration`].
+            of several refreshes: see [`hf_xsam.eigenvector.power_iteration`]. It grows with the interval.
         hvp (`str`, *optional*, defaults to `"auto"`):
             How Hessian-vector products are computed: `"exact"` (double backward), `"finite_difference"`,
             or `"auto"`, exact wherever the model's operations allow it.
@@ -85,16 +88,19 @@ class XSAMConfig:
     normalize_gradient: bool = field(
         default=True, metadata={"help": "Divide the perturbed gradient by its norm, as the paper does."}
     )
-    eigen_interval: int = field(default=8, metadata={"help": "Optimizer steps between eigenvector refreshes, >= 1."})
+    eigen_interval: int = field(default=10, metadata={"help": "Optimizer steps between eigenvector refreshes, >= 1."})
     eigen_start_step: int = field(
         default=0, metadata={"help": "Optimizer step of the first eigenvector refresh, >= 0; plain SAM before it."}
+    )
+    eigen_warmup_steps: int = field(
+        default=80, metadata={"help": "Optimizer steps over which the interval grows from 1 to eigen_interval, >= 0."}
     )
     rho_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps over which rho grows linearly from 0, >= 0."}
     )
     power_iterations: int = field(default=1, metadata={"help": "Power iterations an eigenvector refresh, >= 1."})
     eigen_batch_fraction: float = field(
-        default=0.25, metadata={"help": "Share of a step's examples for exact Hessian-vector products, > 0 to 1."}
+        default=0.5, metadata={"help": "Share of a step's examples for exact Hessian-vector products, > 0 to 1."}
     )
     eigen_momentum: float = field(
         default=0.3, metadata={"help": "Weight of the old eigenvector in a power iteration, >= 0 and < 1."}
@@ -141,6 +147,7 @@ class XSAMConfig:
         for name, least in (
             ("eigen_interval", 1),
             ("eigen_start_step", 0),
+            ("eigen_warmup_steps", 0),
             ("rho_warmup_steps", 0),
             ("power_iterations", 1),
         ):
@@ -162,7 +169,13 @@ class XSAMConfig:
 
         Every 5 steps, 5 power iterations on all of the step's examples, which cost about as much as SAM's two passes.
         """
-        authors = {"eigen_interval": 5, "power_iterations": 5, "eigen_batch_fraction": 1.0, "eigen_momentum": 0.0}
+        authors = {
+            "eigen_interval": 5,
+            "eigen_warmup_steps": 0,
+            "power_iterations": 5,
+            "eigen_batch_fraction": 1.0,
+            "eigen_momentum": 0.0,
+        }
         return cls(**(authors | settings))
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,10 +239,21 @@ class XSAMConfig:
         """Return the radius at optimizer step `step`, counted from 0, under the linear warmup."""
         return self.rho * min(1.0, step / self.rho_warmup_steps) if self.rho_warmup_steps else self.rho
 
+    def eigen_interval_at(self, step: int) -> int:
+        """Return the steps between two refreshes at optimizer step `step`, counted from 0, under the linear warmup."""
+        warmed = step - self.eigen_start_step
+        if warmed >= self.eigen_warmup_steps:
+            return self.eigen_interval
+        return 1 + (self.eigen_interval - 1) * warmed // self.eigen_warmup_steps
+
+    def eigen_momentum_at(self, step: int) -> float:
+        """Return the old eigenvector's weight at optimizer step `step`: as large a share of it as of the interval."""
+        return self.eigen_momentum * self.eigen_interval_at(step) / self.eigen_interval
+
     def refreshes_at(self, step: int, last: int | None) -> bool:
         """Return whether the eigenvector, last refreshed at step `last`, is refreshed at step `step`, from 0."""
         # A step that is not after the last refresh belongs to a training that has begun anew.
-        return self.corrects_at(step) and (last is None or not 0 < step - last < self.eigen_interval)
+        return self.corrects_at(step) and (last is None or not 0 < step - last < self.eigen_interval_at(step))
 
     def corrects_at(self, step: int) -> bool:
         """Return whether the gradient of optimizer step `step`, counted from 0, is corrected, not plain SAM's."""

