@@ -2,7 +2,7 @@
 
 Symbols, here and in docs/scaling.md: N all parameters, P the trainable ones, W processes, A micro-batches a step and
 process, T tokens a step and process, k = `eigen_interval`, n = `power_iterations`, f = `eigen_batch_fraction`.
-Everything is a mean over steps, and leaves out the first refresh's further iterations, which a run pays once.
+Everything is a mean over steps, and leaves out `eigen_warmup_steps`, whose further refreshes a run pays once.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,13 @@ from hf_xsam import XSAMConfig
 MIB = 2**20
 # Vectors of P numbers read or written besides the passes' own, counted in the code. AdamW: the norm for clipping (1),
 # clipping (2), and w, g and two moments, of which all but g are written too (7). SAM: norms of g (2), the perturbation
-# (2), the backup and its way back (4), the move (3) and the norm of a (1). X-SAM: the alignment (5), and the
-# correction's norm (1), direction (2), dot product (4), sum (5), factor (2) and copy (2).
-ADAMW_VECTORS, SAM_VECTORS, CORRECTION_VECTORS = 10, 12, 21
-# Of a power iteration, exact or by finite difference: the product's own, its dot product, norms and the new v.
-EXACT_VECTORS, DIFFERENCE_VECTORS = 24, 38
+# (2), the backup and its way back (4), the move (3) and the norm of a (1). X-SAM: the correction's dot product (2),
+# factor (2) and sum (3).
+ADAMW_VECTORS, SAM_VECTORS, CORRECTION_VECTORS = 10, 12, 7
+# A power iteration: norms (4), its dot product (2), and the new v's factor, sum and length (7). An exact product is
+# begun (1), and scaled (2); each piece is added (3). A finite difference: the step's norm (1) and scaling (2), the
+# backup and its way back (4), the move (3), the difference (3) and its two factors (4).
+ITERATION_VECTORS, EXACT_VECTORS, PIECE_VECTORS, DIFFERENCE_VECTORS = 13, 3, 3, 17
 
 
 @dataclass(frozen=True)
@@ -128,20 +130,30 @@ def share(policy: Policy, micro_batches: int, rows: int) -> float:
     return ceil(wanted) * ceil(wanted / ceil(wanted) * rows) / (micro_batches * rows)
 
 
+def pieces(policy: Policy, micro_batches: int) -> int:
+    """Return q, in how many pieces an exact product takes its share: ceil(f A) micro-batches, below f = 1 in quarters.
+
+    Args:
+        policy: whose f it is.
+        micro_batches: A.
+    """
+    assert policy.config is not None
+    wanted = policy.config.eigen_batch_fraction * micro_batches
+    chosen = ceil(wanted)
+    return chosen if policy.config.eigen_batch_fraction == 1 else chosen * ceil(4 * wanted / chosen)
+
+
 def step_flops(policy: Policy, model: Llama, tokens: int, length: int, micro_batches: int) -> float:
     """Return the operations of a step of one process.
 
-    gradients * F, and for exact products s (F + n D) / k where their share s is one piece, whose graph they keep (a
-    quarter of a micro-batch, or all of the only one), else s n (F + D) / k; F and D from `flops`, D / F is 2, or about
-    1 with LoRA.
+    gradients * F, and for exact products s (F + n D) / k where their share s is one piece, whose graph they keep, else
+    s n (F + D) / k; F and D from `flops`, D / F is 2, or about 1 with LoRA.
     """
     gradient, double = flops(model, tokens, length)
     total = policy.gradients * gradient
     if policy.exact and policy.products:
         assert policy.config is not None
-        wanted = policy.config.eigen_batch_fraction * micro_batches
-        kept = wanted <= 0.25 or policy.config.eigen_batch_fraction == micro_batches == 1
-        graphs = 1 / policy.config.eigen_interval if kept else policy.products
+        graphs = 1 / policy.config.eigen_interval if pieces(policy, micro_batches) == 1 else policy.products
         rows = tokens // length // micro_batches
         total += share(policy, micro_batches, rows) * (graphs * gradient + policy.products * double)
     return total
@@ -214,7 +226,7 @@ def state_bytes(model: Llama, shards: int) -> float:
 
 
 def vectors(policy: Policy, micro_batches: int) -> float:
-    """Return the vectors of P numbers that a step reads or writes: 10 of AdamW, 22 of SAM, 43 and a refresh's of X-SAM.
+    """Return the vectors of P numbers that a step reads or writes: 10 of AdamW, 22 of SAM, 29 and a refresh's of X-SAM.
 
     Each gradient adds 3 (A - 1) for the sum over micro-batches.
     """
@@ -222,18 +234,17 @@ def vectors(policy: Policy, micro_batches: int) -> float:
     if policy.config is not None:
         total += SAM_VECTORS
     if policy.products:
-        total += CORRECTION_VECTORS + policy.products * (EXACT_VECTORS if policy.exact else DIFFERENCE_VECTORS)
+        product = EXACT_VECTORS + PIECE_VECTORS * pieces(policy, micro_batches) if policy.exact else DIFFERENCE_VECTORS
+        total += CORRECTION_VECTORS + policy.products * (ITERATION_VECTORS + product)
     return total
 
 
 def launches(policy: Policy, layers: int, micro_batches: int) -> float:
     """Return the blocks' forward + backward passes, each of which costs its calls however small its tensors are.
 
-    L A gradients, and for an exact product 3 L ceil(f A) more: its share of the examples makes tensors smaller, not
-    fewer.
+    L A gradients, and for an exact product 3 L q more, for its pieces.
     """
     total = policy.gradients * micro_batches
     if policy.exact and policy.products:
-        assert policy.config is not None
-        total += 3 * policy.products * ceil(policy.config.eigen_batch_fraction * micro_batches)
+        total += 3 * policy.products * pieces(policy, micro_batches)
     return layers * total

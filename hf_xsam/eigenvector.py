@@ -1,13 +1,16 @@
 """The top eigenvector of the Hessian: Hessian-vector products and power iteration."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .perturbation import perturbed
-from .tensors import dot, norm, reciprocal_or_zero, scale, set_to_combination, shard_like, wide_dtype
+from .tensors import dot, multiply, norm, reciprocal_or_zero, scale, set_to_combination, shard_like, wide_dtype
 
 HessianVectorProduct = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -52,12 +55,33 @@ def first_vector(gradient: Sequence[Tensor], seed: int) -> list[Tensor]:
     return scale(1 / norm(vector), vector)
 
 
+@contextmanager
+def _each_gradient(parameters: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Hand each parameter's gradient, and its index, to `take` as soon as it is there within the block.
+
+    What `autograd.grad` returns for `parameters` are then zeros that take no memory: however many the parameters are,
+    their gradients are not all held at the same time.
+    """
+
+    def taken(index: int, gradient: Tensor) -> Tensor:
+        take(index, gradient)
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    handles = [parameter.register_hook(partial(taken, index)) for index, parameter in enumerate(parameters)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def exact_hessian_vector_product(
     losses: Callable[[], Iterable[Tensor]], parameters: Sequence[Tensor], keep_graph: bool
 ) -> HessianVectorProduct:
     """Return v -> H v for the Hessian H of the sum of `losses` with respect to `parameters`.
 
-    H v = grad <grad L, v> by double backward (Pearlmutter, 1994).
+    H v = grad <grad L, v> by double backward (Pearlmutter, 1994). Beside v, H v and the graph, no vector of the
+    parameters' size is held: of grad L, only its place in the graph is kept.
 
     Args:
         losses: computes the loss terms of L afresh, each with its graph.
@@ -66,30 +90,32 @@ def exact_hessian_vector_product(
             product, and holds the graphs of all terms at the same time.
     """
 
-    def gradients() -> Iterable[list[Tensor | None]]:
+    def gradients() -> Iterator[dict[int, tuple[GradientEdge, torch.dtype]]]:
         for loss in losses():
+            edges: dict[int, tuple[GradientEdge, torch.dtype]] = {}
+
+            def keep_edge(index: int, gradient: Tensor, edges: dict = edges) -> None:
+                if gradient.requires_grad:  # not where the loss is linear in the parameter: its second derivative is 0
+                    edges[index] = get_gradient_edge(gradient), gradient.dtype
+
             if loss.requires_grad:  # not where it uses none of `parameters`, and all others are frozen
-                yield list(torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True))
+                with _each_gradient(parameters, keep_edge):
+                    torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+            del loss  # with its graph, before the next one is computed
+            yield edges
 
     kept = list(gradients()) if keep_graph else None
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
         total = [torch.zeros_like(x) for x in vector]
-        for gradient in gradients() if kept is None else kept:
-            # A term that is linear in a parameter has a gradient without a graph: its second derivative is zero.
-            terms = [(g, x) for g, x in zip(gradient, vector, strict=True) if g is not None and g.requires_grad]
-            if not terms:
-                continue
-            second = torch.autograd.grad(
-                [g for g, _ in terms],
-                parameters,
-                [x.to(g.dtype) for g, x in terms],
-                retain_graph=keep_graph,
-                allow_unused=True,
-            )
-            for sum_, term in zip(total, second, strict=True):
-                if term is not None:
-                    sum_.add_(term)
+        for edges in gradients() if kept is None else kept:
+            if edges:
+                along = [vector[index].to(dtype) for index, (_, dtype) in edges.items()]
+                outputs = [edge for edge, _ in edges.values()]
+                with _each_gradient(parameters, lambda index, second: total[index].add_(second)):
+                    torch.autograd.grad(outputs, parameters, along, retain_graph=keep_graph, allow_unused=True)
+                del outputs
+            del edges
         return total
 
     return product
@@ -173,8 +199,6 @@ def power_iteration(
         gain = (1 - momentum) * reciprocal_or_zero(length)
         kept = torch.where(length == 0, torch.ones_like(length), momentum - shift * gain)
         set_to_combination(product, gain, vector, kept)  # in place: a refresh holds two vectors, not four
-        total = norm(product)
-        for new in product:
-            new.mul_((1 / total).to(new.device))
+        multiply(product, 1 / norm(product))
         vector = product
     return Eigenpair(vector, value, shift)

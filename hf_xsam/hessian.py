@@ -19,7 +19,7 @@ from .precision import coarsest_dtype, holds_everywhere, loss_scale
 from .replay import forward_passes_evaluated, gradients, twice_differentiable_attention
 from .scope import others_frozen
 from .support import double_backward_obstacle, untrusted_operation
-from .tensors import is_sharded, scale
+from .tensors import is_sharded, multiply
 
 logger = logging.getLogger(__name__)
 
@@ -99,14 +99,11 @@ def choose_method(
     else:
         # With nothing frozen: operations whose input takes no gradient do not show in the graph.
         with forward_passes_evaluated(model), twice_differentiable_attention():
-            term = next(loss.terms())
-            obstacle = untrusted_operation(term, trust_python_functions=asked == "exact")
+            obstacle = untrusted_operation(next(loss.terms()), trust_python_functions=asked == "exact")
             if obstacle is None:
-                with others_frozen(model, parameters) as others:
-                    if others:
-                        del term  # one graph at a time
-                        term = next(loss.terms())
-                    obstacle = double_backward_obstacle(term, parameters)
+                with others_frozen(model, parameters):
+                    obstacles = (double_backward_obstacle(term, parameters) for term in loss.terms())
+                    obstacle = next(filter(None, obstacles), None)
     if obstacle and asked == "exact":
         raise RuntimeError(
             f"hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
@@ -174,7 +171,8 @@ def hessian_vector_product(
     """
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
-        result = scale(1 / loss_scale(accelerator), scaled(vector))
+        result = scaled(vector)
+        multiply(result, 1 / loss_scale(accelerator))
         return mean_over_processes(accelerator, result) if reduce else result
 
     reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)

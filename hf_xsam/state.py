@@ -66,4 +66,6 @@ class XSAMState:
                 )
             part = part if is_sharded(part) else shard_like(part, parameter)
             vector.append(part.detach().to(parameter.device, wide_dtype(parameter)))
+        if self.refreshed_at is not None and self.eigenvector.keys() == parameters.keys():
+            return vector  # of norm 1 as it came from the refresh; no copy is needed
         return scale(reciprocal_or_zero(norm(vector)), vector)

@@ -53,6 +53,12 @@ def scale(factor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.to(wide_dtype(x)) * factor.to(x.device) for x in tensors]
 
 
+def multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply each x by `factor`, 0-dimensional, in place."""
+    for x in map(local, tensors):
+        x.mul_(factor.to(x.device))
+
+
 def add_scaled(tensors: Sequence[Tensor], factor: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
     """Return x + factor * y for each pair; `factor` is 0-dimensional."""
     return [x + factor.to(x.device) * y for x, y in zip(tensors, others, strict=True)]

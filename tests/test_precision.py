@@ -51,10 +51,10 @@ class TestOverflow:
     @pytest.mark.parametrize("kind", ["inf", "nan"])
     @pytest.mark.parametrize("where", ["first pass", "product", "second pass"])
     def test_in_either_pass_or_a_product(self, tmp_path, where, kind, hvp):
-        xsam = {"rho": 0.1, "alpha": 1.0, "eigen_interval": 1, "power_iterations": 1, "hvp": hvp}
+        xsam = {"rho": 0.1, "alpha": 1.0, "eigen_interval": 1, "eigen_batch_fraction": 0.25, "hvp": hvp}
         settings = Run(xsam, accumulation=1, optimizer="AdamW", scaler=True, seed=0)
-        # The forward passes of the first step come before: it chooses the method of the products, or makes 11 of them.
-        before = {"exact": 4, "finite_difference": 13}[hvp]
+        # The forward passes of the first step come before, which chooses, in two, the method of exact products.
+        before = {"exact": 5, "finite_difference": 3}[hvp]
         faulty = before + ["first pass", "product", "second pass"].index(where)
         trainer, inspector = run_with_fault(settings, kind, [faulty], tmp_path)
         assert inspector.wrong == []
@@ -65,9 +65,9 @@ class TestOverflow:
 
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
 def test_a_product_that_is_not_finite_costs_no_step_without_a_scaler(tmp_path, hvp):
-    xsam = {"rho": 0.1, "alpha": 1.0, "eigen_interval": 5, "power_iterations": 2, "hvp": hvp}
+    xsam = {"rho": 0.1, "alpha": 1.0, "eigen_warmup_steps": 0, "power_iterations": 2, "hvp": hvp}
     settings = Run(xsam, accumulation=1, optimizer="SGD", scaler=False, seed=0)
-    trainer, inspector = run_with_fault(settings, "nan", [2], tmp_path)
+    trainer, inspector = run_with_fault(settings, "nan", [{"exact": 4, "finite_difference": 1}[hvp]], tmp_path)
     assert inspector.wrong == []
     assert trainer.model.fired == 1
     assert trainer.xsam_state.skipped_steps == 0
