@@ -207,16 +207,15 @@ def extra_copies(policy: Policy) -> tuple[int, int]:
     """Return the vectors of P float32 numbers held over AdamW's four (weights, gradients, moments), at most.
 
     The first number is during forward and backward passes, whose activations come on top, the second between them.
-    SAM: the weights' backup; between passes the perturbation too. X-SAM: 2 outside of refreshes, the backup and v. In
-    a refresh v, the v to come, and with exact products the gradient with its graph, the sum of products and the newest;
-    by finite difference the gradient at w and the backup, and between passes the moved gradient and two steps of the
-    difference, without the backup.
+    SAM: the weights' backup; between passes the perturbation too. X-SAM: v beside them. A refresh holds v,
+    and in its passes the v to come and what autograd has of each weight's second derivative, which has two parts; by
+    finite difference the backup and the gradient at w.
     """
     if policy.config is None:
         return 0, 0
     if not policy.products:
         return 1, 2
-    return (5, 5) if policy.exact else (4, 5)
+    return 3, 3
 
 
 def state_bytes(model: Llama, shards: int) -> float:

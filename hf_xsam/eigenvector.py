@@ -56,7 +56,7 @@ def first_vector(gradient: Sequence[Tensor], seed: int) -> list[Tensor]:
 
 
 @contextmanager
-def _each_gradient(parameters: Sequence[Tensor], take: Callable[[int, Tensor], None]) -> Iterator[None]:
+def _each_gradient(parameters: Sequence[Tensor], take: Callable[[int, Tensor], object]) -> Iterator[None]:
     """Hand each parameter's gradient, and its index, to `take` as soon as it is there within the block.
 
     What `autograd.grad` returns for `parameters` are then zeros that take no memory: however many the parameters are,
@@ -156,7 +156,8 @@ def finite_difference_hessian_vector_product(
         with perturbed(parameters, scale(step, vector)):
             moved = gradient_here()
         difference = [there.to(wide_dtype(there)) - here for there, here in zip(moved, gradient, strict=True)]
-        return scale(1 / step, difference)
+        multiply(difference, 1 / step)
+        return difference
 
     return product
 

@@ -105,9 +105,11 @@ class Replay:
         return torch.stack(losses).sum()
 
     def gradient(self, parameters: Sequence[Tensor], synchronize: bool = True) -> list[Tensor]:
-        """Return the window's gradient at the weights as they stand; zero where the loss does not reach."""
+        """Return the window's gradient at the weights as they stand, zero where the loss does not reach; none is left."""
         self.run(synchronize)
-        return gradients(parameters)
+        gradient = gradients(parameters)
+        self.model.zero_grad()
+        return gradient
 
     def part(self, fraction: float, rows_are_examples: bool = True) -> list[tuple[MicroBatch, float]]:
         """Return a part of the window, and with which weights its losses add up to an estimate of the window's.
