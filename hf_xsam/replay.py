@@ -105,7 +105,7 @@ class Replay:
         return torch.stack(losses).sum()
 
     def gradient(self, parameters: Sequence[Tensor], synchronize: bool = True) -> list[Tensor]:
-        """Return the window's gradient at the weights as they stand, zero where the loss does not reach; none is left."""
+        """Return the window's gradient at the weights as they stand, zero where the loss does not reach; leave none."""
         self.run(synchronize)
         gradient = gradients(parameters)
         self.model.zero_grad()
