@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from hf_xsam import XSAMConfig, XSAMTrainerMixin
+from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainerMixin
 from hf_xsam.scope import trainable_parameters
 from hf_xsam.tensors import is_sharded, local
 from tests.helpers import arguments, examples_of, logs_of, shard_on_cpu
@@ -143,6 +143,8 @@ def train(case, folder):
         **({} if sharded else {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-2})}), **mine,
     )  # fmt: skip
     observer.trainer = trainer
+    if "measure_every" in case:
+        trainer.add_callback(XSAMCallback(trainer, every=case["measure_every"], samples=8, tolerance=1e-4))
     resume = case.get("resume")
     with CollectiveCounter() as collectives:
         trainer.train(resume_from_checkpoint=resume)

@@ -14,7 +14,7 @@ import torch
 
 SCRIPT = Path(__file__).parent / "distributed_run.py"
 # v of the whole batch, for a part is other examples on several processes than on one; nothing stays of v's start.
-EIGEN = {"eigen_interval": 2, "eigen_batch_fraction": 1.0, "eigen_momentum": 0.0}
+EIGEN = {"eigen_interval": 2, "eigen_warmup_steps": 0, "eigen_batch_fraction": 1.0, "eigen_momentum": 0.0}
 XSAM = {"rho": 0.1, "alpha": 0.5, "normalize_gradient": False, **EIGEN}
 SAM = {"rho": 0.1, "alpha": 0.0}
 
@@ -50,6 +50,7 @@ def ddp_cases(world):
     return {
         "exact": case({**XSAM, "hvp": "exact"}, world),
         "finite_difference": case({**XSAM, "hvp": "finite_difference"}, world),
+        "measured": case({**XSAM, "hvp": "exact"}, world, measure_every=2),
         "scopes": case({**XSAM, "hvp": "exact", "perturb_scope": "norm", "eigen_scope": r"layer\.1\."}, world),
         "unused": case(
             {**XSAM, "hvp": "exact"}, world, model="branches", arguments={"ddp_find_unused_parameters": True}
@@ -106,6 +107,16 @@ class TestDistributedDataParallel:
     def test_ranks_stay_together(self, one, several, name):
         assert several[name]["ranks_agree"]
         assert several[name]["weights"].keys() == one[name]["weights"].keys()
+
+    def test_the_callback_measures_the_same_and_changes_nothing(self, one, several):
+        def measured(result, name):
+            return [log[f"sharpness/{name}"] for log in result["measured"]["logs"] if f"sharpness/{name}" in log]
+
+        assert_close(several["measured"]["weights"], several["exact"]["weights"], 0)
+        assert several["measured"]["ranks_agree"]
+        for name in ("loss", "top_eigenvalue", "sam_sharpness"):
+            assert len(measured(one, name)) == 4
+            assert measured(several, name) == pytest.approx(measured(one, name), rel=1e-5)
 
     def test_all_take_the_product_that_each_can(self, one, several):
         assert one["one fused"]["method"] == one["exact"]["method"] == several["exact"]["method"] == "exact"
