@@ -75,13 +75,30 @@ def _each_gradient(parameters: Sequence[Tensor], take: Callable[[int, Tensor], o
             handle.remove()
 
 
+def _gradient_edges(loss: Tensor, parameters: Sequence[Tensor]) -> dict[int, tuple[GradientEdge, torch.dtype]]:
+    """Return where in the graph of second order each parameter's gradient is, and its dtype, by the parameter's index.
+
+    Parameters that `loss` is linear in, or does not use, are left out: their second derivative is zero.
+    """
+    edges = {}
+
+    def keep(index: int, gradient: Tensor) -> None:
+        if gradient.requires_grad:
+            edges[index] = get_gradient_edge(gradient), gradient.dtype
+
+    if loss.requires_grad:  # not where it uses none of `parameters`, and all others are frozen
+        with _each_gradient(parameters, keep):
+            torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    return edges
+
+
 def exact_hessian_vector_product(
     losses: Callable[[], Iterable[Tensor]], parameters: Sequence[Tensor], keep_graph: bool
 ) -> HessianVectorProduct:
     """Return v -> H v for the Hessian H of the sum of `losses` with respect to `parameters`.
 
-    H v = grad <grad L, v> by double backward (Pearlmutter, 1994). Beside v, H v and the graph, no vector of the
-    parameters' size is held: of grad L, only its place in the graph is kept.
+    H v = grad <grad L, v> by double backward (Pearlmutter, 1994). Of grad L only its place in the graph is kept, and of
+    the graphs one term's at a time, unless `keep_graph`.
 
     Args:
         losses: computes the loss terms of L afresh, each with its graph.
@@ -90,32 +107,21 @@ def exact_hessian_vector_product(
             product, and holds the graphs of all terms at the same time.
     """
 
-    def gradients() -> Iterator[dict[int, tuple[GradientEdge, torch.dtype]]]:
-        for loss in losses():
-            edges: dict[int, tuple[GradientEdge, torch.dtype]] = {}
+    def terms() -> Iterable[dict[int, tuple[GradientEdge, torch.dtype]]]:
+        # Not a loop, which would hold on to a loss, and its graph, while the next one is computed.
+        return map(partial(_gradient_edges, parameters=parameters), losses())
 
-            def keep_edge(index: int, gradient: Tensor, edges: dict = edges) -> None:
-                if gradient.requires_grad:  # not where the loss is linear in the parameter: its second derivative is 0
-                    edges[index] = get_gradient_edge(gradient), gradient.dtype
-
-            if loss.requires_grad:  # not where it uses none of `parameters`, and all others are frozen
-                with _each_gradient(parameters, keep_edge):
-                    torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-            del loss  # with its graph, before the next one is computed
-            yield edges
-
-    kept = list(gradients()) if keep_graph else None
+    kept = list(terms()) if keep_graph else None
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
         total = [torch.zeros_like(x) for x in vector]
-        for edges in gradients() if kept is None else kept:
-            if edges:
-                along = [vector[index].to(dtype) for index, (_, dtype) in edges.items()]
-                outputs = [edge for edge, _ in edges.values()]
+        for edges in terms() if kept is None else kept:
+            outputs = [edge for edge, _ in edges.values()]
+            along = [vector[index].to(dtype) for index, (_, dtype) in edges.items()]
+            if outputs:
                 with _each_gradient(parameters, lambda index, second: total[index].add_(second)):
                     torch.autograd.grad(outputs, parameters, along, retain_graph=keep_graph, allow_unused=True)
-                del outputs
-            del edges
+            del edges, outputs  # and with them the graph, before the next one is built
         return total
 
     return product

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -102,7 +103,7 @@ def choose_method(
             obstacle = untrusted_operation(next(loss.terms()), trust_python_functions=asked == "exact")
             if obstacle is None:
                 with others_frozen(model, parameters):
-                    obstacles = (double_backward_obstacle(term, parameters) for term in loss.terms())
+                    obstacles = map(partial(double_backward_obstacle, parameters=parameters), loss.terms())
                     obstacle = next(filter(None, obstacles), None)
     if obstacle and asked == "exact":
         raise RuntimeError(
