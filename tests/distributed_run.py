@@ -148,7 +148,13 @@ def train(case, folder):
     resume = case.get("resume")
     with CollectiveCounter() as collectives:
         trainer.train(resume_from_checkpoint=resume)
-    result = {"logs": logs_of(trainer), "weights": weights(trainer), "ranks_agree": observer.ranks_agree}
+    history = trainer.state.log_history
+    result = {
+        "logs": logs_of(trainer),
+        "history": history,
+        "weights": weights(trainer),
+        "ranks_agree": observer.ranks_agree,
+    }
     result |= {"gradient_all_reduces": observer.all_reduces, "all_reduces": collectives.all_reduces}
     result |= {"gathers": collectives.gathers, "scatters": collectives.scatters}
     result["units"] = sum(isinstance(module, FSDPModule) for module in model.modules())
