@@ -62,6 +62,7 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     if n < 2:
         return Difference(n, differences[0] if n else math.nan, math.nan, math.nan)
     average, deviation = mean_and_deviation(differences)
+    average = round(average, 12)  # a sum of rounding errors is none
     half = float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
     return Difference(n, average, average - half, average + half)
 
