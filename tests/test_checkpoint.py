@@ -19,7 +19,7 @@ from .helpers import arguments, examples_of, logs_of, run, weights_of
 from .test_trainer import bert, sentences
 
 VECTOR_FILE = "xsam_eigenvector-00000-of-00001.safetensors"
-CONFIG = {"rho": 0.1, "alpha": 0.5, "eigen_interval": 3}
+CONFIG = {"rho": 0.1, "alpha": 0.5, "eigen_interval": 3, "eigen_warmup_steps": 0}
 SAVING = {"save_strategy": "steps", "save_steps": 2, "optimizer": "AdamW", "gradient_accumulation_steps": 2}
 
 
