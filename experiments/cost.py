@@ -35,12 +35,13 @@ def cost_of_a_step(job: Job, gauge: Callable[[], float]) -> float:
         trainer = build_trainer(job, prepared, arguments, callbacks=[readings])
         trainer.train()
     run = round(job.epochs * len(trainer.get_train_dataloader()))
-    refreshed = refreshes(job, run)
+    refreshed = refreshes(job, max(run, SKIPPED + STEPS))  # a short run's task is measured past its end
     costs: dict[bool, list[float]] = {True: [], False: []}
     for step in range(SKIPPED, SKIPPED + STEPS):
         costs[step in refreshed].append(readings.values[step] - readings.values[step - 1])
     plain = fmean(costs[False])
-    return plain + len(refreshed) / run * (fmean(costs[True]) - plain) if refreshed else plain
+    share = sum(step < run for step in refreshed) / run
+    return plain + share * (fmean(costs[True]) - plain) if refreshed else plain
 
 
 def refreshes(job: Job, steps: int) -> list[int]:
