@@ -202,7 +202,8 @@ def power_iteration(
         value = dot(vector, product)
         size = norm(product)
         shift = torch.where(value < -size / 2, torch.minimum(shift, -size), shift)
-        length = (size.square() - 2 * shift * value + shift.square()).sqrt()  # norm(H v - s v), for norm(v) is 1
+        square = size.square() - 2 * shift * value + shift.square()  # of norm(H v - s v), for norm(v) is 1
+        length = square.clamp(min=0).sqrt()  # where v is an eigenvector of s itself, rounding may make it negative
         gain = (1 - momentum) * reciprocal_or_zero(length)
         kept = torch.where(length == 0, torch.ones_like(length), momentum - shift * gain)
         set_to_combination(product, gain, vector, kept)  # in place: a refresh holds two vectors, not four

@@ -142,6 +142,14 @@ def test_a_product_of_zero_leaves_the_vector():
     assert estimate.is_finite()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_an_eigenvector_of_the_shift_itself_stays(seed):
+    start = random_unit_vector([torch.zeros(5)], seed)
+    estimate = power_iteration(lambda vector: [-2.3 * x for x in vector], start, 3, momentum=0.3)
+    assert estimate.is_finite()
+    assert norm(estimate.vector).item() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("iteration", [0, 1, 2])
 def test_one_product_that_is_not_finite_shows(bad, iteration):
