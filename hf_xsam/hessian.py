@@ -173,7 +173,8 @@ def hessian_vector_product(
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
         result = scaled(vector)
-        multiply(result, 1 / loss_scale(accelerator))
+        if accelerator.scaler is not None:
+            multiply(result, 1 / loss_scale(accelerator))
         return mean_over_processes(accelerator, result) if reduce else result
 
     reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
