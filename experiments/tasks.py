@@ -246,6 +246,7 @@ TASKS: dict[str, Task] = {
         lambda seed: movie_sentences(seed, train_samples=500),
         movie_arguments(epochs=2, batch_size=16),
         xsam={"rho_warmup_steps": 6},
+        tuning_seeds=(100,),
         **MOVIES,
     ),
     "movies_noise": Task(
