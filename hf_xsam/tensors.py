@@ -3,10 +3,12 @@
 A tensor may be sharded over processes (a `DTensor`, under FSDP2): the results are those of the whole tensor, for one
 all-reduce of a scalar, and the same on every process. Sums are taken in float32 at least, so that the norm of
 half-precision gradients neither overflows nor loses its small terms, and stay on the device: nothing here waits for
-the accelerator.
+the accelerator. A norm or a factor is one call for the whole list, whose kernels an accelerator fuses.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import TypeGuard
 
 import torch
@@ -40,12 +42,15 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Return <left, right> as a 0-dimensional tensor on the first tensor's device."""
-    return _total((x, _dot(local(x), local(y))) for x, y in zip(left, right, strict=True))
+    return _total(left, [_dot(local(x), local(y)) for x, y in zip(left, right, strict=True)])
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Return the Euclidean norm as a 0-dimensional tensor on the first tensor's device."""
-    return _total((x, torch.linalg.vector_norm(local(x), dtype=wide_dtype(x)).square()) for x in tensors).sqrt()
+    tensors = list(tensors)
+    dtype = reduce(torch.promote_types, map(wide_dtype, tensors))
+    norms = torch._foreach_norm([local(x) for x in tensors], dtype=dtype)
+    return _total(tensors, torch._foreach_mul(norms, norms)).sqrt()
 
 
 def scale(factor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -55,8 +60,11 @@ def scale(factor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply each x by `factor`, 0-dimensional, in place."""
+    held = defaultdict(list)
     for x in map(local, tensors):
-        x.mul_(factor.to(x.device))
+        held[x.device].append(x)
+    for device, neighbours in held.items():
+        torch._foreach_mul_(neighbours, factor.to(device))
 
 
 def add_scaled(tensors: Sequence[Tensor], factor: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
@@ -85,16 +93,14 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.vecdot(x.flatten().to(dtype), y.flatten().to(dtype))
 
 
-def _total(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Sum pairs of a tensor and what this process's part of it adds, over the pairs and the processes."""
-    sums: dict[tuple[DeviceMesh, tuple[bool, ...]] | None, Tensor] = {}
-    device = None
-    for tensor, term in terms:
-        device = device or term.device  # layers of one model may live on several (`device_map`)
+def _total(tensors: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
+    """Sum `terms`, what this process's part of each tensor adds, over the tensors and the processes."""
+    device = terms[0].device  # layers of one model may live on several (`device_map`)
+    parts: dict[tuple[DeviceMesh, tuple[bool, ...]] | None, list[Tensor]] = defaultdict(list)
+    for tensor, term in zip(tensors, terms, strict=True):
         layout = (tensor.device_mesh, tuple(p.is_shard() for p in tensor.placements)) if is_sharded(tensor) else None
-        term = term.to(device)
-        sums[layout] = sums[layout] + term if layout in sums else term
-    return torch.stack([_over_processes(layout, partial) for layout, partial in sums.items()]).sum()
+        parts[layout].append(term.to(device))
+    return torch.stack([_over_processes(layout, torch.stack(part).sum()) for layout, part in parts.items()]).sum()
 
 
 def _over_processes(layout: "tuple[DeviceMesh, tuple[bool, ...]] | None", partial: Tensor) -> Tensor:
