@@ -93,13 +93,18 @@ def xsam(config: XSAMConfig) -> Callable[..., XSAMTrainer]:
 Contender = TrainerContender | HandWrittenSAM
 
 
-def steady(rho: float) -> XSAMConfig:
+def steady(rho: float, **settings: Any) -> XSAMConfig:
     """Return X-SAM's defaults as they are once the refreshes' interval has grown: each block begins a training anew."""
-    return XSAMConfig(rho=rho, eigen_warmup_steps=0)
+    return XSAMConfig(rho=rho, eigen_warmup_steps=0, **settings)
 
 
-def contenders(rho: float) -> dict[str, Callable[..., Contender]]:
-    """Return by name what makes a contender from a workload, an output folder and a number of steps."""
+def contenders(rho: float, **settings: Any) -> dict[str, Callable[..., Contender]]:
+    """Return by name what makes a contender from a workload, an output folder and a number of steps.
+
+    Args:
+        rho: of all of them.
+        **settings: fields of `XSAMConfig` for the contenders that have an eigenvector.
+    """
 
     def trainer(make: Callable[..., Trainer]) -> Callable[..., Contender]:
         return lambda *arguments: TrainerContender(make, *arguments)
@@ -107,7 +112,7 @@ def contenders(rho: float) -> dict[str, Callable[..., Contender]]:
     return {
         "stock Trainer": trainer(Trainer),
         "SAM": trainer(xsam(XSAMConfig(rho=rho, alpha=0.0))),
-        "X-SAM": trainer(xsam(steady(rho))),
-        "X-SAM, authors' policy": trainer(xsam(XSAMConfig.paper(rho=rho))),
+        "X-SAM": trainer(xsam(steady(rho, **settings))),
+        "X-SAM, authors' policy": trainer(xsam(XSAMConfig.paper(rho=rho, **settings))),
         "pytorch_optimizer's SAM": HandWrittenSAM,
     }
