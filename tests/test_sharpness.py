@@ -270,7 +270,7 @@ def test_the_json_is_what_was_found(problem, tmp_path):
     assert set(content["sam_sharpness"]) == {"0.01", "0.05"}
     assert len(content["slices"]["gradient"]["losses"]) == len(content["slices"]["eigenvector"]["distances"]) == 21
     assert content["settings"]["seed"] == 0
-    assert content["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(content["versions"]["torch"])
     bare = measure(network, loader, compute_loss=compute_loss, **QUIET).save(tmp_path / "new" / "bare.json")
     content = json.loads(bare.read_text())
     assert (content["trace"], content["slices"], content["sam_sharpness"]) == (None, {}, {})
