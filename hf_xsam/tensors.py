@@ -3,12 +3,13 @@
 A tensor may be sharded over processes (a `DTensor`, under FSDP2): the results are those of the whole tensor, for one
 all-reduce of a scalar, and the same on every process. Sums are taken in float32 at least, so that the norm of
 half-precision gradients neither overflows nor loses its small terms, and stay on the device: nothing here waits for
-the accelerator. A norm or a factor is one call for the whole list, whose kernels an accelerator fuses.
+the accelerator. Norms and factors are calls for many tensors, whose kernels an accelerator fuses.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
+from itertools import islice
 from typing import TypeGuard
 
 import torch
@@ -42,15 +43,21 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Return <left, right> as a 0-dimensional tensor on the first tensor's device."""
-    return _total(left, [_dot(local(x), local(y)) for x, y in zip(left, right, strict=True)])
+    return _total((x, _dot(local(x), local(y))) for x, y in zip(left, right, strict=True))
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """Return the Euclidean norm as a 0-dimensional tensor on the first tensor's device."""
-    tensors = list(tensors)
-    dtype = reduce(torch.promote_types, map(wide_dtype, tensors))
-    norms = torch._foreach_norm([local(x) for x in tensors], dtype=dtype)
-    return _total(tensors, torch._foreach_mul(norms, norms)).sqrt()
+    iterator = iter(tensors)
+
+    def squares() -> Iterator[tuple[Tensor, Tensor]]:
+        # In groups: `tensors` may be computed as they are asked for, to hold few at a time.
+        while group := list(islice(iterator, 32)):
+            dtype = reduce(torch.promote_types, map(wide_dtype, group))
+            norms = torch._foreach_norm([local(x) for x in group], dtype=dtype)
+            yield from zip(group, torch._foreach_mul(norms, norms), strict=True)
+
+    return _total(squares()).sqrt()
 
 
 def scale(factor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -93,11 +100,12 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.vecdot(x.flatten().to(dtype), y.flatten().to(dtype))
 
 
-def _total(tensors: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
-    """Sum `terms`, what this process's part of each tensor adds, over the tensors and the processes."""
-    device = terms[0].device  # layers of one model may live on several (`device_map`)
+def _total(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum pairs of a tensor and what this process's part of it adds, over the pairs and the processes."""
     parts: dict[tuple[DeviceMesh, tuple[bool, ...]] | None, list[Tensor]] = defaultdict(list)
-    for tensor, term in zip(tensors, terms, strict=True):
+    device = None
+    for tensor, term in terms:
+        device = device or term.device  # layers of one model may live on several (`device_map`)
         layout = (tensor.device_mesh, tuple(p.is_shard() for p in tensor.placements)) if is_sharded(tensor) else None
         parts[layout].append(term.to(device))
     return torch.stack([_over_processes(layout, torch.stack(part).sum()) for layout, part in parts.items()]).sum()
