@@ -107,21 +107,26 @@ def run_all(jobs: Sequence[AnyJob], results: Path, workers: int) -> list[AnyJob]
     """Run the jobs in their order, `workers` at a time; return those that failed.
 
     A job that fails, or whose process dies, has a traceback in its `.error.txt`; the others go on.
+
+    Raises:
+        KeyboardInterrupt: for Ctrl-C, once the workers have ended.
     """
     context = multiprocessing.get_context("fork")  # of a process that has imported everything and computed nothing
     waiting, running, failed = deque(jobs), {}, []
     progress = Progress(len(jobs), workers)
+    # Noted, not raised: Python swallows an exception that comes within a fork.
+    interrupts: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         while waiting or running:
+            if interrupts:
+                raise KeyboardInterrupt
             while waiting and len(running) < workers:
                 job = waiting.popleft()
                 process = context.Process(target=work, args=(job, results), daemon=True)
-                # Within a fork Python may swallow Ctrl-C's exception: it waits until the worker is known.
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
                 process.start()
                 running[process.sentinel] = (process, job, time.monotonic())
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-            for sentinel in wait(list(running)):
+            for sentinel in wait(list(running), timeout=0.2):
                 process, job, began = running.pop(sentinel)
                 process.join()
                 if not job.path(results).is_file():
@@ -133,6 +138,7 @@ def run_all(jobs: Sequence[AnyJob], results: Path, workers: int) -> list[AnyJob]
             process.terminate()
         for process, _, _ in running.values():
             process.join()
+        signal.signal(signal.SIGINT, handler)
     return failed
 
 
