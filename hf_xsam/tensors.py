@@ -67,11 +67,11 @@ def scale(factor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def multiply(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply each x by `factor`, 0-dimensional, in place."""
-    held = defaultdict(list)
+    by_device = defaultdict(list)
     for x in map(local, tensors):
-        held[x.device].append(x)
-    for device, neighbours in held.items():
-        torch._foreach_mul_(neighbours, factor.to(device))
+        by_device[x.device].append(x)
+    for device, group in by_device.items():
+        torch._foreach_mul_(group, factor.to(device))
 
 
 def add_scaled(tensors: Sequence[Tensor], factor: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
