@@ -50,5 +50,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         module.run(arguments)
     except ModuleNotFoundError as error:
         parser.exit(2, f"hf-xsam {name}: error: {error}. Commands need more packages: pip install 'hf_xsam[tools]'\n")
-    except (ArithmeticError, ImportError, OSError, ValueError) as error:
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         parser.exit(2, f"hf-xsam {name}: error: {error}\n")

@@ -19,7 +19,7 @@ from .eigenvector import (
 from .precision import coarsest_dtype, holds_everywhere, loss_scale
 from .replay import forward_passes_evaluated, gradients, twice_differentiable_attention
 from .scope import others_frozen
-from .support import double_backward_obstacle, untrusted_operation
+from .support import double_backward_obstacle, hidden_parameters, untrusted_operation
 from .tensors import is_sharded, multiply
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,13 @@ def choose_method(
     else:
         # With nothing frozen: operations whose input takes no gradient do not show in the graph.
         with forward_passes_evaluated(model), twice_differentiable_attention():
-            obstacle = untrusted_operation(next(loss.terms()), trust_python_functions=asked == "exact")
+            whole = next(loss.terms())
+            obstacle, doubt = hidden_parameters(whole), untrusted_operation(whole)
+            if doubt and asked == "exact":
+                logger.warning("hvp is 'exact', but %s: compare with hvp='finite_difference'.", doubt)
+            else:
+                obstacle = obstacle or doubt
+            del whole
             if obstacle is None:
                 with others_frozen(model, parameters):
                     obstacles = map(partial(double_backward_obstacle, parameters=parameters), loss.terms())

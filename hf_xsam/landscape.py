@@ -116,15 +116,25 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def targets_in(batch: Any, model: nn.Module) -> int:
-    """Return over how many targets the loss of `batch` is a mean: tokens that have a label, or examples."""
+    """Return over how many targets the loss of `batch` is a mean: tokens that have a label, or examples.
+
+    Raises:
+        ValueError: where no tensor shows how many there are.
+    """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if labels is not None and not labels.is_floating_point():
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
         base = getattr(model, "get_base_model", lambda: model)()  # of PEFT's adapters
         predicts_the_next = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         labels = labels[..., 1:] if predicts_the_next and labels.ndim > 1 else labels
         return int((labels != IGNORED).sum())
-    tensors = batch.values() if isinstance(batch, Mapping) else batch
-    return len(next(tensor for tensor in tensors if isinstance(tensor, Tensor)))
+    parts = [batch] if isinstance(batch, Tensor) else batch.values() if isinstance(batch, Mapping) else batch
+    sizes = [len(part) for part in parts if isinstance(part, Tensor) and part.ndim > 0]
+    if not sizes:
+        raise ValueError(
+            "dataloader gives a batch without a tensor; it must give tensors, or sequences or mappings with one, whose "
+            "rows are examples."
+        )
+    return sizes[0]
 
 
 def angle_degrees(gradient: Sequence[Tensor], eigenvector: Sequence[Tensor]) -> float:

@@ -18,7 +18,7 @@ class PlotArguments:
     runs: list[str] = field(
         metadata={
             "help": "Output folder of a Trainer, with its trainer_state.json or checkpoints, and sharpness.json where "
-            "hf-xsam sharpness has written it; or a trainer_state.json."
+            "hf-xsam sharpness has written it; a trainer_state.json; or a folder with a sharpness.json alone."
         }
     )
     output: str = field(default="plot", metadata={"help": f"Folder to write {FIGURE_NAME} and {PAGE_NAME} into."})
@@ -35,7 +35,10 @@ def run(arguments: PlotArguments) -> None:
     drawn = panels(runs)
     if not drawn:
         names = ", ".join(arguments.runs)
-        raise RunError(f"Nothing to draw in {names}: no loss was logged yet; train longer, or lower logging_steps.")
+        raise RunError(
+            f"Nothing to draw in {names}: no loss was logged yet, and no slice of it measured; train longer, or lower "
+            "logging_steps."
+        )
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     draw_figure(runs, drawn, measured_table(runs), folder / FIGURE_NAME)

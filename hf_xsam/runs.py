@@ -43,7 +43,7 @@ class Run:
 
     Attributes:
         name: what tells it from the others drawn with it.
-        history: the lines that the Trainer logged, each with its `step`.
+        history: the lines that the Trainer logged, each with its `step`; none of a model that was measured only.
         sharpness: what `hf-xsam sharpness` measured, or None.
     """
 
@@ -96,30 +96,37 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
         RunError: for a path that holds no run, or a file in it that is damaged.
     """
     # Each file once, with the folder of its run: a folder and the trainer_state.json in it are one run.
-    states: dict[Path, tuple[Path, Path]] = {}
+    files: dict[Path, tuple[Path, Path]] = {}
     for path in map(Path, paths):
-        state = find_state(path)
-        states.setdefault(state.resolve(), (state, state.parent if path.is_file() else path))
-    names = distinct_names([folder.resolve() for _, folder in states.values()])
+        file = find_file(path)
+        files.setdefault(file.resolve(), (file, file.parent if path.is_file() else path))
+    names = distinct_names([folder.resolve() for _, folder in files.values()])
     runs = []
-    for (state, folder), name in zip(states.values(), names, strict=True):
-        measured = [path for path in (folder / FILE_NAME, state.parent / FILE_NAME) if path.exists()]
-        runs.append(Run(name, read_history(state), read_sharpness(measured[0]) if measured else None))
+    for (file, folder), name in zip(files.values(), names, strict=True):
+        history = [] if file.name == FILE_NAME else read_history(file)
+        measured = [path for path in (folder / FILE_NAME, file.parent / FILE_NAME) if path.exists()]
+        runs.append(Run(name, history, read_sharpness(measured[0]) if measured else None))
     return runs
 
 
-def find_state(path: Path) -> Path:
-    """Return the Trainer's state at `path`: the file itself, the folder's, or that of its newest checkpoint."""
+def find_file(path: Path) -> Path:
+    """Return what there is of a run at `path`.
+
+    It is the file itself, the Trainer's state in the folder or in its newest checkpoint, or, of a model that no Trainer
+    has trained here, the folder's `sharpness.json`.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
         raise RunError(f"There is no run at {path}; give the output_dir of a Trainer, or its {TRAINER_STATE_NAME}.")
-    for folder in (path, *checkpoints_in(path)):
-        if (folder / TRAINER_STATE_NAME).exists():
-            return folder / TRAINER_STATE_NAME
+    states = [folder / TRAINER_STATE_NAME for folder in (path, *checkpoints_in(path))]
+    for file in (*states, path / FILE_NAME):
+        if file.exists():
+            return file
     raise RunError(
         f"Neither {path} nor a checkpoint in it holds a {TRAINER_STATE_NAME}; give the output_dir of a Trainer that "
-        "has saved a checkpoint, or call trainer.save_state() at the end of training."
+        "has saved a checkpoint, or call trainer.save_state() at the end of training. For a model alone, measure it "
+        "with hf-xsam sharpness."
     )
 
 

@@ -28,6 +28,20 @@ from .data.splits import FILE_KINDS, chosen, label_names, load_files, require_co
 from .saved_model import SavedModel
 from .sharpness import FILE_NAME, Sharpness, measure
 
+DATA_OPTIONS = (
+    "dataset",
+    "dataset_config",
+    "split",
+    "text_column",
+    "text_pair_column",
+    "image_column",
+    "label_column",
+    "completion_only_loss",
+    "prompt_column",
+    "completion_column",
+    "max_length",
+    "batch_size",
+)
 EMBEDDED = ("movie_reviews", "digits", "movie_text")
 
 
@@ -77,7 +91,7 @@ class SharpnessArguments:
     progress: bool = field(default=True, metadata={"help": "Show a progress bar."})
     output_file: str | None = field(
         default=None,
-        metadata={"help": f"Where to write; by default {FILE_NAME} in the model's folder, or here for a hub model."},
+        metadata={"help": f"Where to write; by default {FILE_NAME} in the model's folder, for a hub model made here."},
     )
 
     def __post_init__(self) -> None:
@@ -93,6 +107,9 @@ def run(arguments: SharpnessArguments) -> None:
         ValueError: for a model, data, column, split, device or setting that does not fit; the message says why.
         ArithmeticError: where the loss is not finite, or has no eigenpairs that can be found.
     """
+    # A hub model's folder is one of its name, here.
+    folder = Path(arguments.model if Path(arguments.model).is_dir() else Path(arguments.model).name)
+    path = Path(arguments.output_file or folder / FILE_NAME)
     device = find_device(arguments.device)
     saved = SavedModel.find(arguments.model)
     torch.manual_seed(arguments.seed)
@@ -101,7 +118,8 @@ def run(arguments: SharpnessArguments) -> None:
         "image-classification": prepare_images,
         "text-generation": prepare_language,
     }[saved.task]
-    model, dataloader = prepare(saved, load_split(arguments), arguments)
+    split = load_split(arguments)
+    model, dataloader = prepare(saved, split, arguments)
     radius, points = arguments.slice_radius, arguments.slice_points
     sharpness = measure(
         model.to(device),
@@ -117,11 +135,10 @@ def run(arguments: SharpnessArguments) -> None:
         progress=arguments.progress,
     )
     sharpness.model = arguments.model
-    data = {name: getattr(arguments, name) for name in ("dataset", "dataset_config", "split", "samples", "max_length")}
-    sharpness.settings = {**data, "batch_size": arguments.batch_size, **sharpness.settings}
-    folder = Path(arguments.model) if Path(arguments.model).is_dir() else Path()
-    path = sharpness.save(arguments.output_file or folder / FILE_NAME)
-    print_table(sharpness, path)
+    data = {name: getattr(arguments, name) for name in DATA_OPTIONS}
+    sharpness.settings = {**data, "samples": min(arguments.samples, len(split)), **sharpness.settings}
+    print_table(sharpness)  # first: the figures are there though they cannot be written
+    print(f"Written to {sharpness.save(path)}")
 
 
 def load_split(arguments: SharpnessArguments) -> Dataset:
@@ -134,7 +151,8 @@ def load_split(arguments: SharpnessArguments) -> Dataset:
             raise ValueError(f"dataset is {name!r}, and there is no such file.")
         splits = _loaded(name, lambda: load_files({"train": name}, "dataset"))
     else:
-        splits = with_validation(_loaded(name, lambda: load_dataset(name, arguments.dataset_config)))
+        found = _loaded(name, lambda: load_dataset(name, arguments.dataset_config))
+        splits = DatasetDict({**found, **with_validation(found)})
     if arguments.split not in splits:
         raise ValueError(f"split is {arguments.split!r}; {name} has {', '.join(splits)}.")
     return splits[arguments.split]
@@ -209,15 +227,22 @@ def class_numbers(split: Dataset, column: str, saved: SavedModel) -> dict[Any, i
     names, number_of = label_names(split, column)
     if hidden := sorted(set(split.unique(column)) - number_of.keys()):
         raise ValueError(f"label_column {column!r} has {hidden}, which is no class: choose a split with labels.")
-    known = saved.config.label2id or {}
-    if set(names) <= known.keys():
-        return {value: int(known[name]) for value, name in zip(number_of, names, strict=True)}
+    label2id = saved.config.label2id or {}
+    for spelled in (str, str.casefold):
+        known = {spelled(name): int(number) for name, number in label2id.items()}
+        if len(known) == len(label2id) and known.keys() >= set(map(spelled, names)):
+            return {value: known[spelled(name)] for value, name in zip(number_of, names, strict=True)}
     # How many classes an adapter has shows when it is loaded.
     if saved.base is None and len(names) != saved.config.num_labels:
         raise ValueError(
             f"label_column {column!r} has {len(names)} classes, the model has {saved.config.num_labels}: measure it on "
             "data of the kind that it was trained on."
         )
+    # LABEL_0 is what transformers calls a class without a name.
+    if saved.base is None and not any(name.startswith("LABEL_") for name in label2id):
+        in_order = sorted(label2id, key=label2id.__getitem__)
+        by_order = ", ".join(f"{name} as {known}" for name, known in zip(names, in_order, strict=True))
+        print(f"The model has other names for the classes of label_column {column!r}; it takes {by_order}.")
     return number_of
 
 
@@ -250,8 +275,8 @@ def find_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}, which torch cannot use: {str(error).splitlines()[0]}") from error
 
 
-def print_table(sharpness: Sharpness, path: Path) -> None:
-    """Print what was found, and where it was written."""
+def print_table(sharpness: Sharpness) -> None:
+    """Print what was found."""
     settings = sharpness.settings
     table = Table("", "value", title=f"{sharpness.model} on {settings['samples']} of {settings['dataset']}")
     table.add_row("loss", f"{sharpness.loss:.4g}")
@@ -264,7 +289,6 @@ def print_table(sharpness: Sharpness, path: Path) -> None:
     for rho, rise in sharpness.sam_sharpness.items():
         table.add_row(f"SAM sharpness, rho {rho}", f"{rise:.4g}")
     Console(width=100).print(table)
-    print(f"Written to {path}")
 
 
 def _loaded(name: str, load: Any) -> DatasetDict:

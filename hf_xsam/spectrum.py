@@ -76,8 +76,8 @@ def top_eigenpairs(
         values, vectors = eigsh(operator, k=count, which="LA", v0=flat(start), **settings)
     except ArpackError as error:  # ArpackNoConvergence is one
         raise ArithmeticError(
-            f"ARPACK found no top eigenpairs ({error}). Raise tolerance (it is {tolerance}), or use hvp='exact'; where "
-            "the loss is linear in all of eigen_scope, there are none to find."
+            f"ARPACK found no top eigenpairs ({error}). Raise tolerance (it is {tolerance}), or use exact products "
+            "in place of finite differences; where the loss is linear in all of eigen_scope, there are none to find."
         ) from error
     order = np.argsort(values)[::-1]
     return [float(values[i]) for i in order], [shaped(vectors[:, i].copy()) for i in order]

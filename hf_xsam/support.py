@@ -98,19 +98,24 @@ def _refuse_unsupported_trl(trainer: "Trainer") -> None:
         )
 
 
-def untrusted_operation(loss: Tensor, trust_python_functions: bool = False) -> str | None:
+def hidden_parameters(loss: Tensor) -> str | None:
+    """Return why the graph of `loss` lacks parameters that it is computed from, or None: reentrant checkpointing."""
+    if REENTRANT_CHECKPOINT in _python_functions_in_graph(loss):
+        return (
+            "gradient checkpointing has a second derivative only with "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+    return None
+
+
+def untrusted_operation(loss: Tensor) -> str | None:
     """Return what in the graph of `loss` may have a wrong second derivative without a word, or None.
 
-    Python-defined operations may (fused kernels such as FlashAttention's and Liger's), so unless
-    `trust_python_functions` their presence counts. Reentrant checkpointing does: it hides parameters from the graph.
+    Python-defined operations may: fused kernels such as FlashAttention's and Liger's.
     """
-    names = _python_functions_in_graph(loss)
-    if not trust_python_functions:
-        for name in names:
-            if name not in TWICE_DIFFERENTIABLE:
-                return f"the second derivative of the Python-defined operation {name} cannot be trusted"
-    if REENTRANT_CHECKPOINT in names:
-        return "gradient checkpointing has one only with gradient_checkpointing_kwargs={'use_reentrant': False}."
+    for name in _python_functions_in_graph(loss):
+        if name not in (*TWICE_DIFFERENTIABLE, REENTRANT_CHECKPOINT):
+            return f"the second derivative of the Python-defined operation {name} cannot be trusted"
     return None
 
 

@@ -83,6 +83,41 @@ def test_a_text_classifier_on_a_file_equals_measure(tmp_path, reviews):
     assert found["slices"]["eigenvector"]["distances"] == [-0.5, 0, 0.5]
 
 
+def test_classes_are_matched_by_name_else_in_order_and_said_so(tmp_path, reviews, capsys):
+    losses = {}
+    for name, classes in {"same": ("yes", "no"), "case": ("YES", "No"), "other": ("good", "bad")}.items():
+        names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+        save_tiny_classifier(tmp_path / name, **names)
+        losses[name] = measured(tmp_path / name, reviews)["loss"]
+        said = "it takes no as good, yes as bad." in capsys.readouterr().out
+        assert said == (name == "other")
+    assert losses["same"] == losses["case"] != losses["other"]
+
+
+def test_any_split_of_a_folder_of_data(tmp_path, reviews):
+    """A folder stands for a data set on the hub, which is described in the same way."""
+    data = tmp_path / "data"
+    data.mkdir()
+    os.rename(reviews, data / "a.csv")
+    (data / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_sft\n    path: a.csv\n---\n"
+    )
+    save_tiny_classifier(tmp_path / "model")
+    settings = measured(tmp_path / "model", data, "--split", "train_sft", "--samples", 100)["settings"]
+    assert (settings["split"], settings["samples"]) == ("train_sft", 22)
+
+
+def test_figures_that_cannot_be_written_are_printed(tmp_path, reviews, capsys):
+    save_tiny_classifier(tmp_path / "model")
+    file = Path(reviews, "is a file", "s.json")
+    words = ["sharpness", tmp_path / "model", "--dataset", reviews, *FEW, *QUIET, "--output_file", file]
+    with pytest.raises(SystemExit):
+        cli.main(list(map(str, words)))
+    said = capsys.readouterr()
+    assert "eigenvalue 1" in said.out
+    assert "is a file" in said.err
+
+
 def test_an_image_classifier_on_digits(tmp_path):
     save_tiny_image_classifier(tmp_path, classes=10)
     file = tmp_path / "here" / "s.json"
@@ -218,6 +253,29 @@ def test_options_that_do_not_fit_are_named(tmp_path, reviews, capsys, options, m
     save_tiny_classifier(tmp_path / "model")
     data = [] if "--dataset" in options else ["--dataset", reviews]
     assert re.search(message, refused(capsys, "sharpness", tmp_path / "model", *data, *FEW, *QUIET, *options))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["good", "yes"], ["bad", None]], "label_column 'label' has rows without a label"),
+        ([["good", "yes"], [None, "no"]], "Column 'text' holds None where it should a text"),
+        ([[3, "yes"], [4, "no"]], "Column 'text' holds 3 where it should a text"),
+    ],
+)
+def test_rows_without_a_text_or_a_label_are_named(tmp_path, capsys, rows, message):
+    texts, labels = zip(*rows, strict=True)
+    Dataset.from_dict({"text": texts, "label": labels}).to_parquet(tmp_path / "d.parquet")
+    save_tiny_classifier(tmp_path / "model")
+    words = ["sharpness", tmp_path / "model", "--dataset", tmp_path / "d.parquet", *FEW, *QUIET]
+    assert message in refused(capsys, *words)
+
+
+def test_paths_of_images_are_named(tmp_path, capsys):
+    Dataset.from_dict({"image": ["a.png", "b.png"], "label": [0, 1]}).to_parquet(tmp_path / "d.parquet")
+    save_tiny_image_classifier(tmp_path / "model", classes=2)
+    words = ["sharpness", tmp_path / "model", "--dataset", tmp_path / "d.parquet", *FEW, *QUIET]
+    assert "Column 'image' holds a str where it should an image" in refused(capsys, *words)
 
 
 def test_packages_that_are_missing_are_named(capsys, monkeypatch):

@@ -14,7 +14,9 @@ from hf_xsam import XSAMConfig
 from hf_xsam.cli import main
 from hf_xsam.figure import COLOURS, DASHES, MARKERS, line_style
 from hf_xsam.page import ROWS, thinned
-from hf_xsam.runs import Curve, find_state, measured_table, number, panels, read_runs, spans_decade
+from hf_xsam.plot import PlotArguments
+from hf_xsam.plot import run as run_plot
+from hf_xsam.runs import Curve, RunError, find_file, measured_table, number, panels, read_runs, spans_decade
 
 from .cases import tiny_vit
 from .helpers import run
@@ -124,9 +126,9 @@ def test_the_newest_checkpoint_stands_in_for_a_run_that_goes_on(tmp_path):
     assert not (tmp_path / "trainer_state.json").exists()
     (tmp_path / "checkpoint-best").mkdir()
     shutil.copy(tmp_path / "checkpoint-1" / "trainer_state.json", tmp_path / "checkpoint-best")
-    assert find_state(tmp_path) == tmp_path / "checkpoint-10" / "trainer_state.json"
+    assert find_file(tmp_path) == tmp_path / "checkpoint-10" / "trainer_state.json"
     (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()  # as if its saving had been interrupted
-    assert find_state(tmp_path) == tmp_path / "checkpoint-9" / "trainer_state.json"
+    assert find_file(tmp_path) == tmp_path / "checkpoint-9" / "trainer_state.json"
     (tmp_path / "sharpness.json").write_text(json.dumps(SHARPNESS))
     [found] = read_runs([str(tmp_path)])
     assert (found.name, found.steps, found.sharpness.figures["Loss"]) == (tmp_path.name, 9, "1.234")
@@ -155,6 +157,21 @@ def test_figure_and_page(folder, tmp_path, capsys):
     for line in history:
         if "loss" in line:
             assert f"<td>{number(line['loss'])}</td>" in page
+
+
+def test_a_model_that_was_measured_only(stock, tmp_path):
+    (tmp_path / "model").mkdir()
+    slices = {"gradient": {"distances": [0.0, 1.0], "losses": [3.25, 4.5]}}
+    (tmp_path / "model" / "sharpness.json").write_text(json.dumps({**SHARPNESS, "slices": slices}))
+    for runs in (["model"], ["model", "stock"], ["model/sharpness.json"]):
+        main(["plot", *runs])
+        page = (tmp_path / "plot" / "runs.html").read_text(encoding="utf-8")
+        assert '<span>model <span class="soft">measured</span>' in page
+        assert "<td>3.250</td>" in page
+        assert ("Training loss" in page) == ("stock" in runs)
+    (tmp_path / "model" / "sharpness.json").write_text(json.dumps(SHARPNESS))
+    with pytest.raises(RunError, match="Nothing to draw in model: no loss was logged yet, and no slice of it measured"):
+        run_plot(PlotArguments(["model"]))
 
 
 def test_a_loss_that_is_not_a_number_is_shown_and_not_drawn(stock, tmp_path):

@@ -173,6 +173,32 @@ class TestMemory:
 
 
 class TestProductsInAScope:
+    def test_exact_trusts_operations_defined_in_python_and_warns(self, tmp_path, caplog):
+        class Square(torch.autograd.Function):
+            """Its second derivative, as autograd takes it, is without the square's own."""
+
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x.square()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return 2 * ctx.saved_tensors[0].detach() * gradient
+
+        class Squared(type(bert())):
+            def forward(self, **inputs):
+                output = super().forward(**inputs)
+                output["loss"] = Square.apply(output["loss"])
+                return output
+
+        for hvp, warnings in {"auto": 0, "exact": 1}.items():
+            caplog.clear()
+            run(Squared(bert().config), sentences(), tmp_path, XSAMConfig(hvp=hvp))
+            said = [r.getMessage() for r in caplog.records if r.name == "hf_xsam.hessian" and r.levelname == "WARNING"]
+            assert len(said) == warnings
+            assert all("SquareBackward cannot be trusted: compare with" in message for message in said)
+
     def test_checkpointed_layers(self, tmp_path):
         """They are computed again in the product's backward passes, with the same parameters frozen."""
         settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}

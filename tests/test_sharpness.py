@@ -142,6 +142,27 @@ def test_uneven_batches_count_by_their_examples(problem):
     assert one.loss == pytest.approx(several.loss, rel=1e-14)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x: x,
+        lambda x: {"labels": [{"boxes": row} for row in x], "pixel_values": x},  # as detection models take them
+        lambda x: {"weight": torch.tensor(2.0), "labels": x},
+    ],
+)
+def test_batches_of_other_forms_count_by_their_rows(form):
+    torch.manual_seed(0)
+    network, rows = nn.Linear(6, 1).double(), torch.randn(10, 6, dtype=torch.double)
+
+    def compute_loss(model, batch):
+        x = batch if isinstance(batch, torch.Tensor) else batch.get("pixel_values", batch["labels"])
+        return model(x).square().mean()
+
+    found = measure(network, [form(rows[:8]), form(rows[8:])], compute_loss=compute_loss, **QUIET)
+    assert found.settings["targets"] == 10
+    assert found.loss == pytest.approx(compute_loss(network, rows).item(), rel=1e-12)
+
+
 def test_language_models_batches_count_by_their_tokens():
     torch.manual_seed(0)
     model, batch = tiny_llama()
@@ -287,6 +308,7 @@ def test_the_json_is_what_was_found(problem, tmp_path):
         ({"hvp": "guess"}, "hvp is 'guess'; it must be one of"),
         ({"eigen_scope": "lora"}, "eigen_scope is 'lora', which matches no trainable parameter"),
         ({"dataloader": []}, "dataloader has no batches"),
+        ({"dataloader": [{"x": [1.0]}]}, "gives a batch without a tensor"),
         ({"compute_loss": None, "dataloader": [{"x": torch.zeros(1)}]}, "batches need `labels`"),
     ],
 )

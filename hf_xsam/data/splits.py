@@ -52,5 +52,8 @@ def label_names(split: Dataset, column: str) -> tuple[list[str], dict]:
     feature = split.features[column]
     if isinstance(feature, ClassLabel):
         return feature.names, {number: number for number in range(feature.num_classes)}
-    values = sorted(split.unique(column))
+    values = split.unique(column)
+    if None in values:
+        raise ValueError(f"label_column {column!r} has rows without a label: leave them out.")
+    values = sorted(values)
     return [str(value) for value in values], {value: number for number, value in enumerate(values)}
