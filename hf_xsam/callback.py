@@ -1,17 +1,20 @@
 """`XSAMCallback`: the sharpness of what any `Trainer` trains, measured along the way and logged."""
 
 import logging
+import random
 from copy import copy
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .replay import RandomState, counts_undone
+from .random_state import RandomState
+from .replay import counts_undone, logs_dropped
 from .scope import parameters_in_scope
-from .sharpness import Sharpness, measure
+from .sharpness import Sharpness, measure, refuse_settings
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,8 @@ class XSAMCallback(TrainerCallback):
             Random vectors for `sharpness/trace`, one Hessian-vector product each: 0 for none, or at least 2.
         seed (`int`, *optional*, defaults to 0):
             Of the choice of examples and the measurement's random vectors, apart from the trainer's.
-        settings:
-            `eigen_scope`, `hvp` and `tolerance`: see [`~hf_xsam.sharpness.measure`].
+        eigen_scope, hvp, tolerance (*optional*):
+            See [`~hf_xsam.sharpness.measure`].
 
     Raises:
         ValueError: for a value that is not allowed, data without a length, and FSDP.
@@ -61,7 +64,9 @@ class XSAMCallback(TrainerCallback):
         rho: float = 0.05,
         trace_samples: int = 0,
         seed: int = 0,
-        **settings: Any,
+        eigen_scope: str = "trainable",
+        hvp: str = "auto",
+        tolerance: float = 1e-3,
     ) -> None:
         for name, value in (("every", every), ("samples", samples)):
             if value is not None and value < 1:
@@ -77,10 +82,18 @@ class XSAMCallback(TrainerCallback):
         if find_spec("scipy") is None:
             raise ImportError("XSAMCallback finds eigenvalues by scipy: pip install 'hf_xsam[tools]'")
         assert isinstance(trainer.model, nn.Module)
-        scope = settings.get("eigen_scope", "trainable")
-        parameters_in_scope(trainer.model, scope, "eigen_scope")  # one that matches nothing is refused now
+        # Refused now, not at each measurement.
+        refuse_settings(1, trace_samples, [rho], eigen_scope, hvp)
+        parameters_in_scope(trainer.model, eigen_scope, "eigen_scope")
         self._trainer, self._every, self._samples, self._data, self._rho = trainer, every, samples, data, rho
-        self._settings = {"trace_samples": trace_samples, "seed": seed, **settings}
+        self._seed = seed
+        self._settings: dict[str, Any] = {
+            "trace_samples": trace_samples,
+            "seed": seed,
+            "eigen_scope": eigen_scope,
+            "hvp": hvp,
+            "tolerance": tolerance,
+        }
         self._batches: list[Any] | None = None
         self._measured_at: int | None = None
 
@@ -124,7 +137,7 @@ class XSAMCallback(TrainerCallback):
         """Return the sharpness as the model stands, of the trainer's loss on the callback's examples."""
         trainer = self._trainer
         if self._batches is None:
-            self._batches = choose_batches(trainer, self._data, self._samples, self._settings["seed"])
+            self._batches = choose_batches(trainer, self._data, self._samples, self._seed)
 
         def compute_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
             # A copy, for it may take `labels` out of the dictionary.
@@ -133,7 +146,7 @@ class XSAMCallback(TrainerCallback):
             return loss
 
         assert isinstance(trainer.model, nn.Module)
-        with counts_undone(trainer):
+        with counts_undone(trainer), logs_dropped(trainer):
             return measure(
                 trainer.model,
                 self._batches,
@@ -147,13 +160,17 @@ class XSAMCallback(TrainerCallback):
 
 
 def choose_batches(trainer: Trainer, dataset: Any, samples: int, seed: int) -> list[Any]:
-    """Return a random choice of examples, collated as for training; the random generators stay as they are."""
+    """Return a random choice of examples, collated as for training, alike for the same seed.
+
+    The random generators stay as they are.
+    """
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     size = trainer.args.per_device_train_batch_size
-    random_state = RandomState.capture(trainer.args.device)
+    random_state = RandomState.capture([])
+    random.seed(seed), np.random.seed(seed), torch.default_generator.manual_seed(seed)  # for masks that collators draw
     try:
         examples = [dataset[number] for number in chosen]
         return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
     finally:
-        random_state.restore(trainer.args.device)
+        random_state.restore()

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,16 @@ def load_state(
         raise ValueError(f"{path} is damaged ({error!r}). {REMEDY}") from error
     _warn_of_differences(folder, saved, config, processes, accelerator.num_processes)
     if parts is not None:
-        state.eigenvector = _load_vector(Path(folder), parts, parameters)
-        first = next(iter(state.eigenvector.values()))
-        state.eigenvalue, state.shift = (
-            torch.tensor(value, dtype=first.dtype, device=accelerator.device) for value in (eigenvalue, shift)
-        )
+        files = _open_vector(Path(folder), parts)
+        if eigenvalue is None:  # before the first refresh: what the user has set, as it was set
+            [file] = files.values()
+            state.eigenvector = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
+        else:
+            state.eigenvector = _read_vector(files, parameters)
+            first = next(iter(state.eigenvector.values()))
+            state.eigenvalue, state.shift = (
+                torch.tensor(value, dtype=first.dtype, device=accelerator.device) for value in (eigenvalue, shift)
+            )
     return state
 
 
@@ -117,7 +122,7 @@ def _offsets(tensor: Tensor) -> list[int]:
     return list(tensor.__create_chunk_list__()[0].offsets) if is_sharded(tensor) else [0] * tensor.dim()
 
 
-def _load_vector(folder: Path, parts: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _open_vector(folder: Path, parts: int) -> dict[Path, Any]:
     paths = [folder / VECTOR_NAME.format(part=part, parts=parts) for part in range(parts)]
     files = {}
     for path in paths:
@@ -125,6 +130,10 @@ def _load_vector(folder: Path, parts: int, parameters: Mapping[str, Tensor]) -> 
             files[path] = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is missing or damaged ({error}). {REMEDY}") from error
+    return files
+
+
+def _read_vector(files: Mapping[Path, Any], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for path, file in files.items():
         if set(file.keys()) != set(parameters):
             different = sorted(set(file.keys()).symmetric_difference(parameters))[0]
@@ -148,7 +157,7 @@ def _load_vector(folder: Path, parts: int, parameters: Mapping[str, Tensor]) -> 
         vector[name] = shard_like(whole, parameter)
     length = norm(list(vector.values())).item()
     if not abs(length - 1) < 1e-2:
-        raise ValueError(f"{paths[0]} is damaged: the eigenvector's norm is {length:g}, not 1. {REMEDY}")
+        raise ValueError(f"{next(iter(files))} is damaged: the eigenvector's norm is {length:g}, not 1. {REMEDY}")
     return vector
 
 
@@ -176,29 +185,33 @@ def checkpoints_in(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(numbered, key=lambda path: int(path.name[len(prefix) :]), reverse=True)
 
 
-def last_complete_checkpoint(folder: str) -> str:
+def last_complete_checkpoint(folder: str, ranks: Sequence[int] | None = None) -> str:
     """Return the newest checkpoint in `folder` that was written to its end; warn of those passed over.
 
     A process that is killed while it saves leaves a folder that the stock Trainer would resume from without its
     optimizer state or step count.
 
+    Args:
+        folder: the run's.
+        ranks: the processes whose files are there; None is all that wrote the checkpoint.
+
     Raises:
         ValueError: where there is none.
     """
     for path in checkpoints_in(folder):
-        if _is_complete(path):
+        if _is_complete(path, ranks):
             return str(path)
         logger.warning("%s is passed over: saving it was interrupted.", path)
     raise ValueError(f"There is no complete checkpoint in {folder!r}: train without resume_from_checkpoint.")
 
 
-def _is_complete(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path, ranks: Sequence[int] | None) -> bool:
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # what the Trainer writes last
         state = json.loads((checkpoint / STATE_NAME).read_text()) if (checkpoint / STATE_NAME).exists() else {}
     except (OSError, ValueError):
         return False
     # The other processes write their random states meanwhile.
-    processes = state.get("processes", 1)
-    random_states = [checkpoint / f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else []
-    return all(zipfile.is_zipfile(path) for path in random_states)
+    wrote = range(state.get("processes", 1))
+    random_states = [checkpoint / f"rng_state_{rank}.pth" for rank in wrote if ranks is None or rank in ranks]
+    return len(wrote) == 1 or all(zipfile.is_zipfile(path) for path in random_states)

@@ -79,7 +79,12 @@ def mean_loss(
 
 
 def choose_method(
-    accelerator: Accelerator, asked: str, loss: Loss, parameters: Sequence[Tensor], model: nn.Module
+    accelerator: Accelerator,
+    asked: str,
+    loss: Loss,
+    parameters: Sequence[Tensor],
+    model: nn.Module,
+    obstacle: str | None = None,
 ) -> str:
     """Return "exact" or "finite_difference": what is `asked`, or for "auto" exact where the model allows it.
 
@@ -89,6 +94,7 @@ def choose_method(
         loss: any loss of `model`.
         parameters: what products are taken with respect to.
         model: that one, without wrappers.
+        obstacle: to exact products, where one is known without trying.
 
     Raises:
         RuntimeError: where "exact" is asked for and the model has no second derivative.
@@ -96,8 +102,8 @@ def choose_method(
     if asked == "finite_difference":
         return asked
     if any(is_sharded(parameter) for parameter in parameters):
-        obstacle: str | None = "sharded parameters have no second derivative"
-    else:
+        obstacle = "sharded parameters have no second derivative"
+    elif obstacle is None:
         # With nothing frozen: operations whose input takes no gradient do not show in the graph.
         with forward_passes_evaluated(model), twice_differentiable_attention():
             whole = next(loss.terms())

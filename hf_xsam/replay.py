@@ -1,57 +1,36 @@
 """Running training steps again: the same random numbers, the buffers untouched, the loss caught."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .random_state import RandomState, devices_of
+
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
 
-
-@dataclass
-class RandomState:
-    """The states of all random generators that a forward pass may draw from."""
-
-    python: object
-    numpy: Any
-    cpu: Tensor
-    device: Tensor | None
-
-    @classmethod
-    def capture(cls, device: torch.device) -> "RandomState":
-        """Read the generators of Python, NumPy, the CPU, and `device`."""
-        generator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state()
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), generator)
-
-    def restore(self, device: torch.device) -> None:
-        """Set the generators to this state."""
-        random.setstate(self.python)  # type: ignore[arg-type]
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        if self.device is not None:
-            torch.get_device_module(device).set_rng_state(self.device)
+MEDIA = ("pixel_values", "image", "video", "audio", "input_features")  # how inputs beside a text are called
 
 
 @dataclass
 class MicroBatch:
     """What a call of `training_step` was given, enough to make the same call again, and the loss it returned."""
 
-    inputs: Mapping[str, Any]
+    inputs: Any
     num_items_in_batch: Tensor | float | None
     random_state: RandomState
     loss: Tensor
+    accumulation_steps: int
 
     def pieces(self, share: float) -> list[tuple["MicroBatch", float]]:
         """Return the first `share` of the examples, at least one, in pieces of a quarter of the micro-batch or less.
@@ -61,6 +40,8 @@ class MicroBatch:
         Returns:
             Each piece and its share of the examples chosen.
         """
+        if not isinstance(self.inputs, Mapping) or _rows_mislead(self.inputs):
+            return [(self, 1.0)]
         values = list(self.inputs.values())
         sizes = {len(value) if isinstance(value, Tensor) and value.ndim > 0 else None for value in values}
         size = sizes.pop() if len(sizes) == 1 else None
@@ -78,18 +59,24 @@ class MicroBatch:
         return replace(self, inputs=inputs, num_items_in_batch=items)
 
 
+def _rows_mislead(inputs: Mapping[str, Any]) -> bool:
+    """Return whether as many rows as texts may be a coincidence: images of all texts in one tensor, M-RoPE's axes."""
+    with_media = "input_ids" in inputs and any(name.startswith(MEDIA) for name in inputs)
+    return with_media or getattr(inputs.get("position_ids"), "ndim", 2) > 2
+
+
 @dataclass
 class Replay:
     """The training steps of one accumulation window, to run again at other weights with the same random numbers.
 
     Attributes:
-        training_step: the stock step: forward, loss scaling and backward of one micro-batch.
+        training_step: the stock step of a model and a micro-batch: forward, loss scaling and backward.
         accelerator: the trainer's.
         model: as prepared by the accelerator.
         micro_batches: the window, in order.
     """
 
-    training_step: Callable[..., Tensor]
+    training_step: Callable[[nn.Module, MicroBatch], Tensor]
     accelerator: Accelerator
     model: nn.Module
     micro_batches: list[MicroBatch]
@@ -141,9 +128,8 @@ class Replay:
             yield from (weight * loss for loss in caught)
 
     def _step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
-        micro_batch.random_state.restore(self.accelerator.device)
-        # A copy, for a step may take `labels` out of the dictionary that it gets.
-        return self.training_step(model, copy(micro_batch.inputs), micro_batch.num_items_in_batch)
+        micro_batch.random_state.restore()
+        return self.training_step(model, micro_batch)
 
 
 def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -157,6 +143,11 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
+def with_gradient(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return those of `parameters` that the last backward passes reached."""
+    return {name: parameter for name, parameter in parameters.items() if parameter.grad is not None}
+
+
 def twice_differentiable_attention() -> AbstractContextManager[None]:
     """Have scaled_dot_product_attention use its math kernel; the fused ones have no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
@@ -168,12 +159,12 @@ def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None
 
     Batch norm's running statistics thus move once an optimizer step, by the pass at the unperturbed weights.
     """
-    random_state = RandomState.capture(device)
+    random_state = RandomState.capture(devices_of(model, device))
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        random_state.restore(device)
+        random_state.restore()
         with torch.no_grad():
             for buffer, original in buffers:
                 buffer.copy_(original)
@@ -189,6 +180,13 @@ def counts_undone(trainer: Any) -> Iterator[None]:
         yield
     finally:
         vars(trainer).update(kept)
+
+
+@contextmanager
+def logs_dropped(trainer: Any) -> Iterator[None]:
+    """Drop what losses computed within the block log with `trainer.log`: the step's own has logged it."""
+    with patch.object(trainer, "log", lambda *args, **kwargs: None):
+        yield
 
 
 def reshard(model: nn.Module) -> None:

@@ -137,14 +137,7 @@ def measure(
         ArithmeticError: where the loss or a derivative is not finite, or the eigenpairs are not found.
         RuntimeError: where hvp is "exact" and the model has no second derivative.
     """
-    XSAMConfig(hvp=hvp, eigen_scope=eigen_scope)  # type: ignore[arg-type]  # refuses what is not allowed
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1.")
-    if trace_samples < 0 or trace_samples == 1:
-        raise ValueError(f"trace_samples is {trace_samples}; it must be 0, or at least 2 for a standard error.")
-    if any(rho <= 0 for rho in rhos):
-        raise ValueError(f"rhos are {list(rhos)}; they must be above 0.")
-
+    refuse_settings(top_k, trace_samples, rhos, eigen_scope, hvp)
     with plain_accelerator(model) if accelerator is None else nullcontext(accelerator) as accelerator:
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         scope = parameters_in_scope(model, eigen_scope, "eigen_scope")
@@ -202,6 +195,17 @@ def measure(
         settings=settings,
         versions=installed_versions(),
     )
+
+
+def refuse_settings(top_k: int, trace_samples: int, rhos: Sequence[float], eigen_scope: str, hvp: str) -> None:
+    """Raise a ValueError for a setting that [`measure`] does not allow."""
+    XSAMConfig(hvp=hvp, eigen_scope=eigen_scope)  # type: ignore[arg-type]  # refuses what is not allowed
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1.")
+    if trace_samples < 0 or trace_samples == 1:
+        raise ValueError(f"trace_samples is {trace_samples}; it must be 0, or at least 2 for a standard error.")
+    if any(rho <= 0 for rho in rhos):
+        raise ValueError(f"rhos are {list(rhos)}; they must be above 0.")
 
 
 def installed_versions() -> dict[str, str]:

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
     from .config import XSAMConfig
 
@@ -68,6 +71,11 @@ def _refuse_under_fsdp(trainer: "Trainer", config: "XSAMConfig") -> None:
     version = trainer.accelerator.state.fsdp_plugin.fsdp_version
     if version != 2:
         raise ValueError(f"X-SAM does not support FSDP{version}, which is deprecated. Use FSDP2: {FSDP2}.")
+    if isinstance(trainer.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "X-SAM does not support parameters that FSDP2 offloads to the CPU: set fsdp_offload_params to false in "
+            "accelerate's configuration, offload_params in fsdp_config."
+        )
     if config.hvp == "exact":
         raise ValueError(
             "XSAMConfig.hvp is 'exact', but parameters sharded by FSDP have no second derivative. "
@@ -96,6 +104,29 @@ def _refuse_unsupported_trl(trainer: "Trainer") -> None:
             f"times a step. Use XSAM{method.__name__} of hf_xsam.integrations.trl, or for a subclass of yours its "
             "XSAMTRLTrainerMixin in place of XSAMTrainerMixin."
         )
+
+
+def refuse_foreign_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise where the optimizer trains parameters that are not the model's, as some losses have.
+
+    Raises:
+        ValueError: with how many there are and what to do.
+    """
+    known = {id(parameter) for parameter in model.parameters()}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if foreign := [parameter for parameter in trained if id(parameter) not in known]:
+        raise ValueError(
+            f"The optimizer trains {len(foreign)} parameters that are not the model's, the first of shape "
+            f"{tuple(foreign[0].shape)}, which X-SAM would neither perturb nor correct: make their module a part of "
+            "the model, or leave them to the stock trainer."
+        )
+
+
+def obstacle_in_arguments(args: "TrainingArguments") -> str | None:
+    """Return what in a trainer's arguments is in the way of exact products, or None."""
+    if getattr(args, "activation_offloading", False):  # TRL's
+        return "activation_offloading lets what a forward pass saves be read once, a second derivative reads it twice"
+    return None
 
 
 def hidden_parameters(loss: Tensor) -> str | None:

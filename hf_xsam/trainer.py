@@ -1,7 +1,7 @@
 """X-SAM for any `Trainer`: each optimizer step's gradient is replaced by X-SAM's."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,26 +14,28 @@ from transformers import Seq2SeqTrainer, Trainer
 from .checkpoint import last_complete_checkpoint, load_state, save_state
 from .config import XSAMConfig
 from .correction import correction_factors
-from .eigenvector import HessianVectorProduct, first_vector, power_iteration, random_unit_vector
+from .eigenvector import first_vector, power_iteration, random_unit_vector
 from .hessian import Loss, choose_method, hessian_vector_product, mean_loss
 from .hub import PushCallback, refusal_explained
 from .metrics import Advice, RunningMeans, alignment
 from .model_card import complete_model_card, prepare_adapter_card
 from .perturbation import ascent_perturbation, perturbed
 from .precision import all_finite, leave_harmless_gradient, loss_scale
+from .random_state import RandomState, devices_of
 from .replay import (
     MicroBatch,
-    RandomState,
     Replay,
     evaluating,
     gradients,
     gradients_set_aside,
+    logs_dropped,
     reshard,
     side_effects_undone,
+    with_gradient,
 )
 from .scope import parameters_in_scope, trainable_parameters
 from .state import XSAMState
-from .support import refuse_unsupported
+from .support import obstacle_in_arguments, refuse_foreign_parameters, refuse_unsupported
 from .tensors import dot, is_sharded, norm, set_to_combination
 
 if TYPE_CHECKING:
@@ -87,13 +89,14 @@ class XSAMTrainerMixin(_Trainer):
         Returns:
             The stock step's loss, at the unperturbed weights.
         """
-        kept_inputs, random_state = copy(inputs), RandomState.capture(self.args.device)
+        kept_inputs, random_state = copy(inputs), RandomState.capture(devices_of(model, self.args.device))
         try:
             with self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
-            self._xsam_window.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss))
+            steps = getattr(self, "current_gradient_accumulation_steps", 1)  # the Trainer sets it in train()
+            self._xsam_window.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss, steps))
             if self.accelerator.sync_gradients:
-                replay = Replay(super().training_step, self.accelerator, model, self._xsam_window)
+                replay = Replay(self._step_again, self.accelerator, model, self._xsam_window)
                 with self._side_effects_undone(model):
                     self._sharpness_aware_gradient(replay)
                 self._xsam_window = []
@@ -103,22 +106,31 @@ class XSAMTrainerMixin(_Trainer):
             raise
         return loss
 
-    def _side_effects_undone(self, model: nn.Module) -> AbstractContextManager[None]:
+    def _step_again(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        # Micro-batches left over from the end of data without a length have another divisor than the window's last one.
+        self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
+        # A copy, for a step may take `labels` out of the dictionary that it gets.
+        items = micro_batch.num_items_in_batch  # of a part of the rows no whole number, which the stock step allows
+        return super().training_step(model, copy(micro_batch.inputs), items)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _side_effects_undone(self, model: nn.Module) -> Iterator[None]:
         """Undo what training steps within the block leave behind, so that each step counts once.
 
         To be extended for trainers that count in their steps, as [`hf_xsam.integrations.trl`] does.
         """
-        return side_effects_undone(model, self.args.device)
+        with logs_dropped(self), side_effects_undone(model, self.args.device):
+            yield
 
     def _sharpness_aware_gradient(self, replay: Replay) -> None:
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
         config, step = self.xsam_config, self.state.global_step
-        parameters = {name: p for name, p in self._trainable_parameters().items() if p.grad is not None}
+        trainable = self._trainable_parameters()
         weights = list(self._perturbed_parameters().values())
         gradient = gradients(weights)
         unscaled, rho = 1 / loss_scale(self.accelerator), config.rho_at(step)
         loss = torch.stack([micro_batch.loss for micro_batch in replay.micro_batches]).sum()
-        metrics = {"gradient_norm": norm(gradients(list(parameters.values()))) * unscaled}
+        metrics = {"gradient_norm": norm(gradients(list(with_gradient(trainable).values()))) * unscaled}
 
         refreshed = not config.refreshes_at(step, self.xsam_state.refreshed_at) or self._refresh_eigenvector(replay)
         with perturbed(weights, ascent_perturbation(weights, gradient, rho, config.adaptive)) as realised:
@@ -129,14 +141,14 @@ class XSAMTrainerMixin(_Trainer):
             metrics["realised_perturbation"] = realised
 
         # What the second pass did not reach stays without a gradient, as it would in the stock Trainer.
-        parameters = {name: p for name, p in parameters.items() if p.grad is not None}
+        parameters = with_gradient(trainable)
         gradient = gradients(list(parameters.values()))
         length = norm(gradient)
         metrics["perturbed_gradient_norm"] = length * unscaled
         self.xsam_state.step = step + 1
         scaler_skips = not refreshed and self.accelerator.scaler is not None
         if scaler_skips or not all_finite(self.accelerator, metrics.values()):
-            leave_harmless_gradient(replay, list(self._trainable_parameters().values()))
+            leave_harmless_gradient(replay, list(trainable.values()))
             self.xsam_state.skipped_steps += 1
             return
         if config.corrects_at(step) and self.xsam_state.eigenvalue is not None:
@@ -173,7 +185,10 @@ class XSAMTrainerMixin(_Trainer):
             whole = self.accelerator.reduce(gradient, reduction="mean") if local else gradient
             start = first_vector(whole, self.args.seed)
         momentum = self.xsam_config.eigen_momentum_at(self.state.global_step)
-        with self._hessian_vector_product(loss, parameters, gradient) as product:
+        if self._xsam_hvp_method is None:
+            self._xsam_hvp_method = self._choose_method(loss, parameters)
+        model, method = self._unwrapped_model(), self._xsam_hvp_method
+        with hessian_vector_product(self.accelerator, method, loss, parameters, model, gradient) as product:
             estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift, momentum)
         if not estimate.is_finite():
             return False
@@ -182,13 +197,10 @@ class XSAMTrainerMixin(_Trainer):
         state.refreshed_at = self.state.global_step
         return True
 
-    def _hessian_vector_product(
-        self, loss: Loss, parameters: Sequence[Tensor], gradient: Sequence[Tensor] | None = None
-    ) -> AbstractContextManager[HessianVectorProduct]:
+    def _choose_method(self, loss: Loss, parameters: Sequence[Tensor]) -> str:
+        obstacle = obstacle_in_arguments(self.args)
         model = self._unwrapped_model()
-        if self._xsam_hvp_method is None:
-            self._xsam_hvp_method = choose_method(self.accelerator, self.xsam_config.hvp, loss, parameters, model)
-        return hessian_vector_product(self.accelerator, self._xsam_hvp_method, loss, parameters, model, gradient)
+        return choose_method(self.accelerator, self.xsam_config.hvp, loss, parameters, model, obstacle)
 
     def top_eigenpair(
         self, batches: Sequence[Mapping[str, Any]], iterations: int = 20
@@ -217,9 +229,17 @@ class XSAMTrainerMixin(_Trainer):
             batch_losses = [partial(loss_on, batch) for batch in batches]
             loss = mean_loss(self.accelerator, model, batch_losses, sharded=is_sharded(parameters[0]))
             start = random_unit_vector(parameters, self.args.seed)
-            with self._hessian_vector_product(loss, parameters) as product:
+            method = self._choose_method(loss, parameters)
+            with hessian_vector_product(self.accelerator, method, loss, parameters, model) as product:
                 estimate = power_iteration(product, start, iterations)
         return dict(zip(scope, estimate.vector, strict=True)), estimate.value.item()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer, and refuse one that trains more than the model."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        assert isinstance(self.model, nn.Module)
+        refuse_foreign_parameters(optimizer, self.model)
+        return optimizer
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Start X-SAM's state afresh with a fresh model; a warm start set before the first run stays."""
@@ -234,9 +254,10 @@ class XSAMTrainerMixin(_Trainer):
 
         `resume_from_checkpoint=True` resumes from the newest checkpoint that was written to its end.
         """
-        self._xsam_window, self._xsam_metrics = [], RunningMeans()
+        self._xsam_window, self._xsam_metrics, self._xsam_hvp_method = [], RunningMeans(), None
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            ranks = [self.args.process_index] if self.args.save_on_each_node else None
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir), ranks)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

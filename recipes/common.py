@@ -1,5 +1,6 @@
 """What the recipes share: their arguments, the data, the trainer for a mode, and the closing table."""
 
+import logging
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from transformers import HfArgumentParser, Trainer
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.data.splits import chosen, load_files, with_validation
+
+logger = logging.getLogger(__name__)
 
 NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 
@@ -114,15 +117,16 @@ def train_and_report(
                 if not name.endswith(NOT_RESULTS):
                     # TRL's own metrics are called eval_... whatever the prefix.
                     metrics[f"{prefix}_{name.removeprefix(f'{prefix}_').removeprefix('eval_')}"] = value
-    if recipe.eigenvalue_samples:
-        metrics["top_eigenvalue"] = top_eigenvalue(trainer, recipe.eigenvalue_samples, xsam_config.hvp)
-
     trainer.save_state()
+    trainer.save_model(_internal_call=True)  # without pushing, which is to come
+    if recipe.eigenvalue_samples:
+        try:
+            metrics["top_eigenvalue"] = top_eigenvalue(trainer, recipe.eigenvalue_samples, xsam_config.hvp)
+        except Exception as error:  # for want of memory, say: the rest goes on
+            logger.warning("The top eigenvalue was not measured: %r", error)
     trainer.save_metrics("all", metrics)
-    if trainer.args.push_to_hub:  # which saves the model first
+    if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)
-    else:
-        trainer.save_model()
     if trainer.is_world_process_zero():
         title = f"{recipe.optimizer_mode} on {recipe.dataset_name or recipe.train_file or data}"
         print_table(title, trainer, metrics)

@@ -200,6 +200,24 @@ def test_a_measurement_that_fails_ends_no_training(tmp_path, caplog):
     assert 'Sharpness was not measured at step 1: ArithmeticError("The loss is nan' in caplog.text
 
 
+def test_collators_that_draw_give_the_same_batches_whatever_was_drawn_before(tmp_path):
+    def collate(rows):
+        batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "labels")}
+        return {**batch, "input_ids": torch.where(torch.rand(batch["input_ids"].shape) < 0.5, 0, batch["input_ids"])}
+
+    losses = []
+    for seed in range(2):
+        trainer = Trainer(bert_with_dropout(), arguments(tmp_path), collate, train_dataset=sentences())
+        torch.manual_seed(seed)
+        losses.append(XSAMCallback(trainer).measure().loss)
+        torch.manual_seed(seed)
+        expected = torch.rand(3)
+        torch.manual_seed(seed)
+        XSAMCallback(trainer).measure()
+        assert torch.equal(torch.rand(3), expected)
+    assert losses[0] == losses[1]
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -212,8 +230,14 @@ def test_what_does_not_fit_is_named(tmp_path):
     for name in ("every", "samples"):
         with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
             XSAMCallback(trainer, dataset=sentences(), **{name: 0})
-    with pytest.raises(ValueError, match="eigen_scope is 'lora', which matches no trainable parameter"):
-        XSAMCallback(trainer, dataset=sentences(), eigen_scope="lora")
+    for settings, message in (
+        ({"eigen_scope": "lora"}, "eigen_scope is 'lora', which matches no trainable parameter"),
+        ({"trace_samples": 1}, "trace_samples is 1; it must be 0, or at least 2"),
+        ({"rho": -0.05}, r"rhos are \[-0.05\]; they must be above 0"),
+        ({"hvp": "exct"}, "hvp is 'exct'; it must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            XSAMCallback(trainer, dataset=sentences(), **settings)
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="cannot measure a model sharded by FSDP"):
         XSAMCallback(trainer, dataset=sentences())

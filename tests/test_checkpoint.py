@@ -75,6 +75,18 @@ class TestResume:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
 
+    def test_a_warm_start_before_the_first_refresh(self, tmp_path):
+        """It may be of any norm, and name some of the parameters only."""
+        start = {"classifier.weight": torch.full((2, 16), 3.0)}
+        config = {**CONFIG, "eigen_start_step": 3, "eigen_momentum": 0.9}  # so that something is left of the start
+        whole = trainer_for(tmp_path, config=config, **SAVING)
+        whole.xsam_state.eigenvector = start
+        whole.train()
+        assert whole.xsam_state.refreshed_at == 3
+        resumed = trainer_for(tmp_path, config=config, **SAVING)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert same(outcome(resumed), outcome(whole))
+
     def test_a_stock_checkpoint(self, tmp_path, caplog):
         trainer_for(tmp_path, trainer_class=Trainer, **SAVING).train()
         resumed = trainer_for(tmp_path, **SAVING)
@@ -164,7 +176,13 @@ class TestLastCompleteCheckpoint:
         for rank in range(2):
             (checkpoint / f"rng_state_{rank}.pth").write_bytes((checkpoint / "rng_state.pth").read_bytes())
         assert last_complete_checkpoint(str(checkpoint.parent)) == str(checkpoint)
+        (checkpoint / "rng_state_0.pth").unlink()
+        # With save_on_each_node, the first one's may be on another machine.
+        assert last_complete_checkpoint(str(checkpoint.parent), [1]) == str(checkpoint)
+        (checkpoint / "rng_state_0.pth").write_bytes((checkpoint / "rng_state.pth").read_bytes())
         os.truncate(checkpoint / "rng_state_1.pth", 1000)
+        with pytest.raises(ValueError, match="no complete checkpoint"):
+            last_complete_checkpoint(str(checkpoint.parent), [1])
         with pytest.raises(ValueError, match="no complete checkpoint"):
             last_complete_checkpoint(str(checkpoint.parent))
 

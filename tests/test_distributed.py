@@ -55,6 +55,9 @@ def ddp_cases(world):
         "unused": case(
             {**XSAM, "hvp": "exact"}, world, model="branches", arguments={"ddp_find_unused_parameters": True}
         ),
+        "unused, local": case(
+            {**XSAM, "ascent": "local"}, world, model="branches", arguments={"ddp_find_unused_parameters": True}
+        ),
         "uneven": case({**XSAM, "hvp": "exact"}, world, examples=24 + 4, accumulation=1),
         "short window": case({**XSAM, "hvp": "exact"}, world, examples=24),
         "local": case({**XSAM, "ascent": "local"}, world),
@@ -103,7 +106,7 @@ class TestDistributedDataParallel:
         assert unused["heads.0.weight"].norm() > 0
         assert unused["heads.1.weight"].norm() > 0
 
-    @pytest.mark.parametrize("name", ["uneven", "local", "local, finite difference"])
+    @pytest.mark.parametrize("name", ["uneven", "local", "local, finite difference", "unused, local"])
     def test_ranks_stay_together(self, one, several, name):
         assert several[name]["ranks_agree"]
         assert several[name]["weights"].keys() == one[name]["weights"].keys()

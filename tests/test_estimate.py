@@ -1,6 +1,7 @@
 """What an eigenvector is estimated from: a part of the step's examples, in evaluation mode, from the gradient."""
 
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.eigenvector import first_vector
-from hf_xsam.replay import MicroBatch, RandomState, Replay, forward_passes_evaluated
+from hf_xsam.random_state import RandomState, devices_of
+from hf_xsam.replay import MicroBatch, Replay, forward_passes_evaluated
 from hf_xsam.tensors import dot, norm
 
 from .helpers import arguments, examples_of, logs_of, run
@@ -16,10 +18,11 @@ from .test_trainer import BatchNormClassifier, MeanLossTrainer, bert, llama, pad
 
 
 def micro_batches(count, rows, **other):
-    state = RandomState.capture(torch.device("cpu"))
+    state = RandomState.capture([])
     loss = torch.zeros(())
     return [
-        MicroBatch({"x": torch.full((rows, 3), float(i)), **other}, count * rows * 5, state, loss) for i in range(count)
+        MicroBatch({"x": torch.full((rows, 3), float(i)), **other}, count * rows * 5, state, loss, count)
+        for i in range(count)
     ]
 
 
@@ -55,6 +58,18 @@ class TestPart:
     def test_rows_that_are_no_examples_stay_together(self):
         replay = Replay(None, None, None, micro_batches(4, 8))
         assert [(len(piece.inputs["x"]), weight) for piece, weight in replay.part(0.3, False)] == [(8, 2), (8, 2)]
+
+    @pytest.mark.parametrize(
+        "inputs",
+        [
+            {"input_ids": torch.zeros(8, 3), "pixel_values": torch.zeros(8, 3, 2, 2)},  # 8 images of some of the texts
+            {"input_ids": torch.zeros(3, 8), "position_ids": torch.zeros(3, 3, 8)},  # M-RoPE's axes before the texts
+            (torch.zeros(8, 3), torch.zeros(8)),
+        ],
+    )
+    def test_inputs_whose_rows_may_be_no_examples_stay_whole(self, inputs):
+        batch = MicroBatch(inputs, 40, RandomState.capture([]), torch.zeros(()), 1)
+        assert batch.pieces(0.25) == [(batch, 1.0)]
 
     @pytest.mark.parametrize("other", [torch.zeros(()), torch.zeros(1, 8), "text", None])
     def test_inputs_without_common_rows_stay_whole(self, other):
@@ -178,3 +193,10 @@ def test_the_first_refreshes_find_the_eigenvector_and_later_ones_follow_it(tmp_p
     for epochs in (12, 40):
         estimated, measured = eigenvalue_and_measured(epochs)
         assert estimated == pytest.approx(measured, rel=0.1)
+
+
+def test_random_numbers_of_all_devices_that_a_model_is_spread_over():
+    device_map = {"a": 0, "b": "cuda:1", "c": "cpu", "d": "disk", "e": torch.device("cuda:2")}
+    found = devices_of(SimpleNamespace(hf_device_map=device_map), torch.device("cuda:0"))
+    assert found == {torch.device("cuda", number) for number in range(3)}
+    assert devices_of(bert(), torch.device("cpu")) == {torch.device("cpu")}

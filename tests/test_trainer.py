@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_xsam import XSAMConfig, XSAMSeq2SeqTrainer, XSAMTrainer, XSAMTrainerMixin
@@ -119,6 +120,25 @@ class TestAccumulation:
     def test_causal_language_model_with_padding(self, tmp_path, adaptive):
         config = XSAMConfig(**self.CONFIG, adaptive=adaptive)
         self.check(lambda: llama().double(), padded_text(), tmp_path, config, XSAMTrainer)
+
+    def test_what_is_left_of_data_without_a_length_equals_stock(self, tmp_path):
+        """The third micro-batch of an epoch waits for the next epoch's first two, and was divided by another number."""
+
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                yield from examples_of(points(12))
+
+        weights = []
+        for kind, config in ((Trainer, {}), (XSAMTrainer, {"xsam_config": XSAMConfig(**PLAIN)})):
+            args = arguments(tmp_path, gradient_accumulation_steps=2, max_steps=4)
+            optimizer = (torch.optim.SGD, {"lr": 0.1})
+            trainer = kind(
+                BatchNormClassifier(), args, train_dataset=Stream(), optimizer_cls_and_kwargs=optimizer, **config
+            )
+            trainer.train()
+            weights.append(weights_of(trainer.model))
+        assert torch.equal(*weights)
+        assert not torch.equal(weights[0], weights_of(BatchNormClassifier()))
 
     def check(self, build, batch, folder, config, trainer_class):
         settings = {"trainer_class": trainer_class, "num_train_epochs": 4}
@@ -245,6 +265,16 @@ class TestEigenvector:
         assert len(said) == 1
         expected = "hvp='finite_difference': gradient checkpointing has a second derivative only with"
         assert (expected if use_reentrant else "hvp='exact'") in said[0]
+
+    def test_a_measurement_before_training_leaves_the_choice_open(self, tmp_path):
+        """In evaluation mode nothing is checkpointed, and exact products go well."""
+        settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+        args = arguments(tmp_path, **settings)
+        data = examples_of(sentences())
+        trainer = XSAMTrainer(bert(), args, train_dataset=data, xsam_config=XSAMConfig(eigen_interval=1))
+        trainer.top_eigenpair([sentences(4)], iterations=1)
+        trainer.train()
+        assert trainer._xsam_hvp_method == "finite_difference"
 
     def test_top_eigenpair_matches_lanczos(self, tmp_path):
         trainer = run(bert().double(), sentences(), tmp_path, XSAMConfig(alpha=0.0))
@@ -376,6 +406,47 @@ class TestTrainerFeatures:
         ours = run(bert(), sentences(), tmp_path, XSAMConfig(**PLAIN), DoublingXSAM)
         assert torch.equal(weights_of(ours.model), weights_of(stock.model))
 
+    @pytest.mark.parametrize("fraction", [0.5, 1.0])
+    def test_batches_that_are_no_mappings(self, tmp_path, fraction):
+        class Pairs(XSAMTrainer):
+            def compute_loss(self, model, inputs, **kwargs):
+                return model(*inputs)["loss"]
+
+        def collate(rows):
+            return torch.stack([row["x"] for row in rows]), torch.stack([row["labels"] for row in rows])
+
+        def trained(kind, **settings):
+            config = XSAMConfig(eigen_interval=1, eigen_batch_fraction=fraction)
+            args = arguments(tmp_path)
+            data = examples_of(points())
+            trainer = kind(BatchNormClassifier(), args, train_dataset=data, xsam_config=config, **settings)
+            trainer.train()
+            return weights_of(trainer.model)
+
+        weights = trained(Pairs, data_collator=collate)
+        assert weights.isfinite().all()
+        assert torch.equal(weights, trained(XSAMTrainer)) == (fraction == 1)  # a tuple is not split
+
+    def test_what_the_loss_logs_is_logged_once_a_step(self, tmp_path):
+        class Logging(Trainer):
+            def compute_loss(self, model, inputs, *args, **kwargs):
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
+                self.log({"part": loss.item()})
+                return loss
+
+        class LoggingXSAM(XSAMTrainerMixin, Logging):
+            pass
+
+        def parts(trainer):
+            return [(line["step"], line["part"]) for line in trainer.state.log_history if "part" in line]
+
+        settings = {"num_train_epochs": 1, "max_steps": 2}
+        stock = run(bert(), sentences(), tmp_path, trainer_class=Logging, **settings)
+        config = XSAMConfig(eigen_interval=1)
+        ours = run(bert(), sentences(), tmp_path, config, LoggingXSAM, **settings)
+        assert [step for step, _ in parts(ours)] == [step for step, _ in parts(stock)] == [0, 1]
+        assert parts(ours)[0] == parts(stock)[0]
+
     def test_rho_warmup(self, tmp_path):
         trainer = run(bert(), sentences(), tmp_path, XSAMConfig(rho=0.5, rho_warmup_steps=4, alpha=0.0))
         sharpness = [log["xsam/sharpness"] for log in logs_of(trainer)]
@@ -458,6 +529,7 @@ class TestRefusals:
             (1, {}, "does not support FSDP1.*fsdp_config={'version': 2}"),
             (2, {"hvp": "exact"}, "hvp is 'exact'.*finite_difference"),
             (2, {"ascent": "local"}, "ascent is 'local'.*ascent='global'"),
+            (2, {"rho": 0.01}, "offloads to the CPU: set fsdp_offload_params to false"),
         ],
     )
     def test_under_fsdp(self, tmp_path, version, config, message):
@@ -465,7 +537,8 @@ class TestRefusals:
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 self.is_fsdp_enabled = True
-                self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=version)
+                offload = CPUOffloadPolicy() if "offloads" in message else OffloadPolicy()
+                self.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=version, cpu_offload=offload)
 
         class ShardedXSAM(XSAMTrainerMixin, Sharded):
             pass
@@ -488,6 +561,17 @@ class TestRefusals:
 
         with pytest.raises(ValueError, match=f"does not support {dimension} > 1.*dp_shard_size"):
             ParallelXSAM(model=bert(), args=arguments(tmp_path))
+
+    def test_parameters_outside_the_model(self, tmp_path):
+        class WithAHead(XSAMTrainer):
+            def create_optimizer(self, *args, **kwargs):
+                self.optimizer = torch.optim.SGD([*self.model.parameters(), torch.nn.Parameter(torch.ones(3, 2))])
+                return super().create_optimizer(*args, **kwargs)
+
+        with pytest.raises(
+            ValueError, match=r"trains 1 parameters that are not the model's, the first of shape \(3, 2\)"
+        ):
+            WithAHead(model=bert(), args=arguments(tmp_path), train_dataset=examples_of(sentences())).train()
 
     def test_sparse_gradients(self, tmp_path):
         class Sparse(nn.Module):

@@ -1,5 +1,7 @@
 """X-SAM in TRL's trainers: what equals the stock trainers, and what is refused."""
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -176,14 +178,25 @@ def test_measuring_the_eigenvalue_leaves_the_metrics_alone(model, tmp_path):
     assert not trainer._metrics["train"]
 
 
-def test_the_finite_difference_agrees_with_double_backward(model, tmp_path):
+def test_offloaded_activations_are_read_once(model, tmp_path):
+    args = settings(RewardConfig, tmp_path, gradient_checkpointing=False)
+    trainer = XSAMRewardTrainer(model=model, args=args, train_dataset=PREFERENCES, eval_dataset=PREFERENCES)
+    args.activation_offloading = True  # only now: TRL itself wants an accelerator for it
+    trainer.train()
+    assert trainer._xsam_hvp_method == "finite_difference"
+    assert logs_of(trainer)[0]["xsam/eigenvalue"] != 0
+
+
+def test_the_finite_difference_agrees_with_double_backward(model, tmp_path, caplog):
     """TRL's fused head against the model's own loss, which has a second derivative."""
     args = settings(SFTConfig, tmp_path, eval_strategy="no")
     trainer = XSAMSFTTrainer(model=model, args=args, train_dataset=TEXT)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     exact = XSAMTrainer(model=trainer.model, args=trainer.args, xsam_config=XSAMConfig(hvp="exact"))
+    caplog.set_level(logging.INFO, "hf_xsam")
     ours, theirs = (kind.top_eigenpair([batch], iterations=30)[1] for kind in (trainer, exact))
-    assert trainer._xsam_hvp_method == "finite_difference"
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_xsam.hessian"]
+    assert ["hvp='finite_difference'" in message for message in said] == [True, False]
     assert ours == pytest.approx(theirs, rel=0.02)
 
 

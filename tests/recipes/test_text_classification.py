@@ -1,6 +1,7 @@
 """The recipe in all three modes on a tiny model, from the command line, YAML and `accelerate launch`."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 import common
 import pytest
 import text_classification
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+from hf_xsam import XSAMTrainer
 from hf_xsam.data import movie_reviews
 
 from ..fake_hub import WRITE_TOKEN
@@ -57,6 +60,19 @@ def test_learns_in_each_mode(model_and_data, mode, capsys):
     assert ("xsam/eigenvalue" in table) == (mode == "xsam")
     saved = BertForSequenceClassification.from_pretrained(model_and_data["output_dir"])
     assert saved.config.id2label == {0: "no", 1: "yes"}
+
+
+def test_a_measurement_that_fails_costs_neither_model_nor_metrics(model_and_data, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory is left")
+
+    monkeypatch.setattr(XSAMTrainer, "top_eigenpair", fail)
+    metrics = text_classification.main([*flags(model_and_data), "--max_steps", "2"])
+    assert "The top eigenvalue was not measured: OutOfMemoryError('no memory is left')" in caplog.text
+    assert "top_eigenvalue" not in metrics
+    output = Path(model_and_data["output_dir"])
+    assert json.loads((output / "all_results.json").read_text())["test_accuracy"] == metrics["test_accuracy"]
+    BertForSequenceClassification.from_pretrained(output)
 
 
 @pytest.mark.parametrize("mode", ["trainer", "xsam"])
@@ -141,7 +157,7 @@ def test_no_network_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    with pytest.raises(RuntimeError, match=r"could not fetch vaderSentiment==3\.3\.2.*--train_file"):
+    with pytest.raises(RuntimeError, match=r"could not fetch vaderSentiment==3\.3\.2.*or name data of your own"):
         movie_reviews.load_movie_reviews()
 
 
