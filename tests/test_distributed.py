@@ -55,8 +55,15 @@ def ddp_cases(world):
         "unused": case(
             {**XSAM, "hvp": "exact"}, world, model="branches", arguments={"ddp_find_unused_parameters": True}
         ),
-        "unused, local": case(
-            {**XSAM, "ascent": "local"}, world, model="branches", arguments={"ddp_find_unused_parameters": True}
+        # One example a process, which calls one of the heads.
+        "branches, local": case(
+            {**XSAM, "ascent": "local"},
+            world,
+            examples=16,
+            global_batch=world,
+            accumulation=1,
+            model="branches",
+            arguments={"ddp_find_unused_parameters": True},
         ),
         "uneven": case({**XSAM, "hvp": "exact"}, world, examples=24 + 4, accumulation=1),
         "short window": case({**XSAM, "hvp": "exact"}, world, examples=24),
@@ -106,7 +113,7 @@ class TestDistributedDataParallel:
         assert unused["heads.0.weight"].norm() > 0
         assert unused["heads.1.weight"].norm() > 0
 
-    @pytest.mark.parametrize("name", ["uneven", "local", "local, finite difference", "unused, local"])
+    @pytest.mark.parametrize("name", ["uneven", "local", "local, finite difference", "branches, local"])
     def test_ranks_stay_together(self, one, several, name):
         assert several[name]["ranks_agree"]
         assert several[name]["weights"].keys() == one[name]["weights"].keys()
