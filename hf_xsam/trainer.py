@@ -254,7 +254,7 @@ class XSAMTrainerMixin(_Trainer):
 
         `resume_from_checkpoint=True` resumes from the newest checkpoint that was written to its end.
         """
-        self._xsam_window, self._xsam_metrics, self._xsam_hvp_method = [], RunningMeans(), None
+        self._xsam_window, self._xsam_metrics = [], RunningMeans()
         if resume_from_checkpoint is True:
             ranks = [self.args.process_index] if self.args.save_on_each_node else None
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir), ranks)

@@ -117,16 +117,18 @@ def train_and_report(
                 if not name.endswith(NOT_RESULTS):
                     # TRL's own metrics are called eval_... whatever the prefix.
                     metrics[f"{prefix}_{name.removeprefix(f'{prefix}_').removeprefix('eval_')}"] = value
-    trainer.save_state()
-    trainer.save_model(_internal_call=True)  # without pushing, which is to come
     if recipe.eigenvalue_samples:
         try:
             metrics["top_eigenvalue"] = top_eigenvalue(trainer, recipe.eigenvalue_samples, xsam_config.hvp)
-        except Exception as error:  # for want of memory, say: the rest goes on
+        except Exception as error:  # for want of memory, say: the model is to be saved all the same
             logger.warning("The top eigenvalue was not measured: %r", error)
+
+    trainer.save_state()
     trainer.save_metrics("all", metrics)
-    if trainer.args.push_to_hub:
+    if trainer.args.push_to_hub:  # which saves the model first
         trainer.push_to_hub(**card)
+    else:
+        trainer.save_model()
     if trainer.is_world_process_zero():
         title = f"{recipe.optimizer_mode} on {recipe.dataset_name or recipe.train_file or data}"
         print_table(title, trainer, metrics)
