@@ -86,7 +86,6 @@ class XSAMCallback(TrainerCallback):
         refuse_settings(1, trace_samples, [rho], eigen_scope, hvp)
         parameters_in_scope(trainer.model, eigen_scope, "eigen_scope")
         self._trainer, self._every, self._samples, self._data, self._rho = trainer, every, samples, data, rho
-        self._seed = seed
         self._settings: dict[str, Any] = {
             "trace_samples": trace_samples,
             "seed": seed,
@@ -137,7 +136,7 @@ class XSAMCallback(TrainerCallback):
         """Return the sharpness as the model stands, of the trainer's loss on the callback's examples."""
         trainer = self._trainer
         if self._batches is None:
-            self._batches = choose_batches(trainer, self._data, self._samples, self._seed)
+            self._batches = choose_batches(trainer, self._data, self._samples, self._settings["seed"])
 
         def compute_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
             # A copy, for it may take `labels` out of the dictionary.
