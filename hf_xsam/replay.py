@@ -230,9 +230,10 @@ def forward_passes_evaluated(model: nn.Module) -> Iterator[None]:
         return quantized or getattr(module, "gradient_checkpointing", False)
 
     def evaluate(module: nn.Module, inputs: object) -> None:
-        for part in module.modules():
-            part.training = part.training and stays(part)
+        for part in evaluated:
+            part.training = False
 
+    evaluated = [module for module in model.modules() if not stays(module)]
     with modes_restored(model):
         handle = model.register_forward_pre_hook(evaluate)
         try:

@@ -15,18 +15,21 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+SHARDED: tuple[type[Tensor], ...] = ()
 if torch.distributed.is_available():
     from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, distribute_tensor
+
+    SHARDED = (DTensor,)
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Return whether each process holds a part of `tensor` only."""
-    return torch.distributed.is_available() and isinstance(tensor, DTensor)
+    return isinstance(tensor, SHARDED)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of `tensor`, sharing its memory: a plain tensor."""
-    tensor = tensor.detach()
+    """Return what this process holds of `tensor`, sharing its memory: a plain tensor, outside of any graph."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
@@ -81,11 +84,16 @@ def add_scaled(tensors: Sequence[Tensor], factor: Tensor, others: Sequence[Tenso
 
 def set_to_combination(tensors: Sequence[Tensor], a: Tensor, others: Sequence[Tensor], b: Tensor) -> None:
     """Set each x to a * x + b * y, without a copy of x where x is in its wide dtype; `a` and `b` are 0-dimensional."""
+    in_place = defaultdict(list)
     for x, y in zip(map(local, tensors), map(local, others), strict=True):
         if x.dtype == wide_dtype(x):
-            x.mul_(a.to(x.device)).addcmul_(y, b.to(x.device))
+            in_place[x.device].append((x, y))
         else:
             x.copy_(a.to(x.device) * x.to(wide_dtype(x)) + b.to(x.device) * y)
+    for device, pairs in in_place.items():
+        xs, ys = zip(*pairs, strict=True)
+        torch._foreach_mul_(xs, a.to(device))
+        torch._foreach_addcmul_(xs, ys, [b.to(device)] * len(pairs))
 
 
 def reciprocal_or_zero(value: Tensor) -> Tensor:
