@@ -1,4 +1,4 @@
-"""Write the tables of `experiments/README.md`, between its markers, and the figure, from the results.
+"""Write the tables of `experiments/README.md` and the short one of `README.md`, and the figure, from the results.
 
     python experiments/report.py
 
@@ -7,12 +7,16 @@ Every verdict follows from a 95% confidence interval of the paired difference ov
 
 import argparse
 import math
-import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+from pages import filled
 from protocol import RESULTS, read
 from scipy import stats
 from tasks import TASKS
@@ -21,9 +25,8 @@ from training import ALL_MODES
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-README = Path(__file__).parent / "README.md"
+ROOT = Path(__file__).parent.parent
 FIGURE = "results.svg"
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 PARTS = {"tuned": "each mode's own settings", "fixed": "the same settings for all"}
 EIGENVALUE = "top_eigenvalue"
 
@@ -110,11 +113,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def spread(numbers: Mapping[int, float]) -> str:
-    """Return "mean ± standard deviation"."""
+    """Return "mean ± standard deviation", to two digits of the latter where they are not all before the point."""
     if not numbers:
         return "-"
     average, deviation = mean_and_deviation(numbers.values())
-    return f"{average:.4g}" + ("" if math.isnan(deviation) else f" ± {deviation:.2g}")
+    if not deviation > 0:  # a single run, or all alike
+        return f"{average:.4g}" + ("" if math.isnan(deviation) else " ± 0")
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{average:.{decimals}f} ± {deviation:.{decimals}f}"
 
 
 def summary(task: str, runs: Runs) -> str:
@@ -193,6 +199,45 @@ def claim_rows(claim: Claim, found: Mapping[tuple[str, str], Runs]) -> list[list
     return rows
 
 
+TITLES = {
+    "digits_cnn": "CNN on digits, a tenth of the labels wrong, SGD",
+    "digits_vit": "small ViT on digits, AdamW",
+    "movies_500": "MiniLM on 500 sentences, AdamW",
+    "movies_noise": "MiniLM on 800, a fifth of the labels wrong",
+    "movies": "MiniLM on 2,500",
+    "movie_text_lora": "SmolLM2 with LoRA, perplexity",
+}
+LABELS = {
+    "stock": "stock Trainer",
+    "sam": "SAM",
+    "paper": "X-SAM, `paper`",
+    "projection": "`projection`",
+    "aligned_0.5": "`aligned`, alpha 0.5",
+    "aligned_1": "`aligned`, alpha 1",
+    "aligned_2": "`aligned`, alpha 2",
+    "stock_long": "stock Trainer, for as long as X-SAM takes",
+    "sam_long": "SAM, for as long",
+}
+
+
+def short(found: Mapping[tuple[str, str], Runs]) -> str:
+    """Return test metric and top eigenvalue of every mode, for the tasks that have five seeds of each."""
+    complete = {
+        task: runs
+        for (task, part), runs in found.items()
+        if part == "tuned" and all(mode in runs and len(runs[mode]) >= 5 for mode in LABELS)
+    }
+    rows = []
+    for mode, label in LABELS.items():
+        both = [(metric_of(task), ("metrics", EIGENVALUE)) for task in complete]
+        cells = [
+            ", ".join(spread(values(runs[mode], *keys)) for keys in pair)
+            for pair, runs in zip(both, complete.values(), strict=True)
+        ]
+        rows.append([label, *cells])
+    return table(["", *(TITLES[task] for task in complete)], rows)
+
+
 def cost_rows(results: Path) -> list[list[str]]:
     """Return what a step costs in each mode, by task."""
     rows = []
@@ -228,9 +273,14 @@ def draw(found: Mapping[tuple[str, str], Runs], path: Path) -> None:
     pyplot.close(figure)
 
 
-def report(results: Path, figure: Path) -> str:
-    """Return the text between the markers, and draw the figure; nothing is drawn where there are no results."""
-    found = {(task, part): runs for task in TASKS for part in PARTS if (runs := load(results, task, part))}
+def load_all(results: Path) -> dict[tuple[str, str], Runs]:
+    """Return the records of every task and settings that have any."""
+    return {(task, part): runs for task in TASKS for part in PARTS if (runs := load(results, task, part))}
+
+
+def report(results: Path) -> str:
+    """Return all tables, with a link to the figure."""
+    found = load_all(results)
     if not found:
         return "There are no results yet."
     parts = ["### The claims"]
@@ -238,43 +288,40 @@ def report(results: Path, figure: Path) -> str:
     for number, claim in enumerate(CLAIMS, 1):
         rows = claim_rows(claim, found)
         parts += [f"{number}. {claim.text}:", table(head, rows) if rows else "No runs of these modes yet."]
-    parts.append(f"![Test metric and top eigenvalue of every run]({figure.name})")
+    parts.append(f"![Test metric and top eigenvalue of every run]({FIGURE})")
     for (task, part), runs in found.items():
         parts += [f"### {task}, {PARTS[part]}", summary(task, runs)]
     if rows := cost_rows(results):
         head = ["task", "mode", "CPU s a step", "relative", "forward and backward passes a step"]
         parts += ["### Cost of a step", table(head, rows)]
-    draw(found, figure)
     return "\n\n".join(parts)
 
 
-def insert(text: str, path: Path) -> None:
-    """Put `text` between the file's markers.
-
-    Raises:
-        ValueError: where they are missing.
-    """
-    page = path.read_text(encoding="utf-8")
-    pattern = re.compile(f"{BEGIN}\n.*?{END}", re.DOTALL)
-    if not pattern.search(page):
-        raise ValueError(f"{path} lacks the lines {BEGIN} and {END}, between which the tables go.")
-    path.write_text(pattern.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", page), encoding="utf-8")
+def pages(results: Path, root: Path) -> dict[Path, str]:
+    """Return the pages under `root` that have tables of the results, with these made anew."""
+    all_tables, overview = root / "experiments" / "README.md", root / "README.md"
+    return {
+        all_tables: filled(all_tables, {"results": f"\n{report(results)}\n"}),
+        overview: filled(overview, {"experiments": f"\n{short(load_all(results))}\n"}),
+    }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
-    parser.add_argument("--readme", type=Path, default=README, help="file with the markers (%(default)s)")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the two pages (%(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the results, write README and figure, print the text."""
+    """Read the results, write both pages and the figure."""
     options = parse(argv)
-    text = report(options.results, options.readme.parent / FIGURE)
-    insert(text, options.readme)
-    print(text)
+    for page, text in pages(options.results, options.root).items():
+        page.write_text(text, encoding="utf-8")
+        print(f"Wrote {page}.")
+    if found := load_all(options.results):
+        draw(found, options.root / "experiments" / FIGURE)
 
 
 if __name__ == "__main__":

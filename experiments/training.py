@@ -177,8 +177,8 @@ class StepGauge(TrainerCallback):
 def top_eigenvalue(trainer: Trainer, task: Task) -> float:
     """Return the top eigenvalue of the training loss, in evaluation mode, on the task's fixed sample, as one batch.
 
-    The measure is the same whatever trained the model: of all trainable weights, by Lanczos from one random start. It
-    is nan where there is none to be found, for a run that diverged.
+    The measure is the same whatever trained the model: of all trainable weights, by Lanczos from its gradient and one
+    random vector. It is nan where there is none to be found, for a run that diverged.
     """
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(task.curvature_sample)])
     without = {"trace_samples": 0, "rhos": (), "distances": (), "progress": False}
