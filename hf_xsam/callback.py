@@ -2,7 +2,6 @@
 
 import logging
 import random
-from copy import copy
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .random_state import RandomState
-from .replay import counts_undone, logs_dropped
+from .replay import copied
 from .scope import parameters_in_scope
 from .sharpness import Sharpness, measure, refuse_settings
+from .side_effects import RandomState, counts_undone, logs_dropped
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +82,9 @@ class XSAMCallback(TrainerCallback):
             raise ImportError("XSAMCallback finds eigenvalues by scipy: pip install 'hf_xsam[tools]'")
         assert isinstance(trainer.model, nn.Module)
         # Refused now, not at each measurement.
-        refuse_settings(1, trace_samples, [rho], eigen_scope, hvp)
+        if not rho > 0:
+            raise ValueError(f"rho is {rho}; it must be above 0.")
+        refuse_settings(1, trace_samples, [rho], eigen_scope, hvp, tolerance)
         parameters_in_scope(trainer.model, eigen_scope, "eigen_scope")
         self._trainer, self._every, self._samples, self._data, self._rho = trainer, every, samples, data, rho
         self._settings: dict[str, Any] = {
@@ -139,8 +140,7 @@ class XSAMCallback(TrainerCallback):
             self._batches = choose_batches(trainer, self._data, self._samples, self._settings["seed"])
 
         def compute_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-            # A copy, for it may take `labels` out of the dictionary.
-            loss = trainer.compute_loss(model, copy(batch))
+            loss = trainer.compute_loss(model, copied(batch))
             assert isinstance(loss, Tensor)  # a tuple only with return_outputs
             return loss
 

@@ -78,7 +78,7 @@ def load_state(
     Args:
         folder: the checkpoint's.
         config: the settings of this run; a difference to the checkpoint's is warned of.
-        parameters: those that the eigenvector spans, by name.
+        parameters: those that the eigenvector may span, by name.
         accelerator: the trainer's.
 
     Raises:
@@ -135,15 +135,14 @@ def _open_vector(folder: Path, parts: int) -> dict[Path, Any]:
 
 def _read_vector(files: Mapping[Path, Any], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for path, file in files.items():
-        if set(file.keys()) != set(parameters):
-            different = sorted(set(file.keys()).symmetric_difference(parameters))[0]
-            where = "this run has" if different in parameters else "the checkpoint has"
+        if other := sorted(set(file.keys()) - parameters.keys()):
             raise ValueError(
-                f"{path} spans other parameters than this run's eigen_scope: only {where} {different!r}. "
+                f"{path} spans parameters that are not in this run's eigen_scope, such as {other[0]!r}. "
                 f"Resume with the model and eigen_scope that wrote it. {REMEDY}"
             )
     vector = {}
-    for name, parameter in parameters.items():
+    for name in next(iter(files.values())).keys():  # noqa: SIM118  # no dictionary
+        parameter = parameters[name]
         whole = torch.zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
         for path, file in files.items():
             part, start = file.get_tensor(name), json.loads((file.metadata() or {}).get(name, "[]"))

@@ -17,7 +17,7 @@ from .eigenvector import (
     finite_difference_step,
 )
 from .precision import coarsest_dtype, holds_everywhere, loss_scale
-from .replay import forward_passes_evaluated, gradients, twice_differentiable_attention
+from .replay import forward_passes_evaluated, gradients, gradients_set_aside, twice_differentiable_attention
 from .scope import others_frozen
 from .support import double_backward_obstacle, hidden_parameters, untrusted_operation
 from .tensors import is_sharded, multiply
@@ -105,9 +105,13 @@ def choose_method(
         obstacle = "sharded parameters have no second derivative"
     elif obstacle is None:
         # With nothing frozen: operations whose input takes no gradient do not show in the graph.
-        with forward_passes_evaluated(model), twice_differentiable_attention():
-            whole = next(loss.terms())
-            obstacle, doubt = hidden_parameters(whole), untrusted_operation(whole)
+        # Aside, for a step that calls `loss.backward()` itself leaves gradients.
+        with forward_passes_evaluated(model), twice_differentiable_attention(), gradients_set_aside(model):
+            whole = next(loss.terms(), None)
+            if whole is None:
+                obstacle, doubt = "the training step hands no loss to accelerator.backward", None
+            else:
+                obstacle, doubt = hidden_parameters(whole), untrusted_operation(whole)
             if doubt and asked == "exact":
                 logger.warning("hvp is 'exact', but %s: compare with hvp='finite_difference'.", doubt)
             else:
@@ -117,15 +121,15 @@ def choose_method(
                 with others_frozen(model, parameters):
                     obstacles = map(partial(double_backward_obstacle, parameters=parameters), loss.terms())
                     obstacle = next(filter(None, obstacles), None)
-    if obstacle and asked == "exact":
-        raise RuntimeError(
-            f"hvp is 'exact', but the model has no second derivative: {obstacle.rstrip('.')}. "
-            "Use hvp='finite_difference' or hvp='auto'."
-        )
     exact = holds_everywhere(accelerator, torch.tensor(obstacle is None, device=accelerator.device))
     method = "exact" if exact else "finite_difference"
     allowed = "every operation of the model has a second derivative"
-    reason = obstacle or (allowed if exact else "another process found that the model has no second derivative")
+    reason = obstacle or (allowed if exact else "another process found an obstacle")
+    if asked == "exact" and not exact:  # on every process, lest one wait for another that has raised
+        raise RuntimeError(
+            f"hvp is 'exact', but the model has no second derivative: {reason.rstrip('.')}. "
+            "Use hvp='finite_difference' or hvp='auto'."
+        )
     logger.info("X-SAM computes Hessian-vector products with hvp=%r: %s.", method, reason)
     return method
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import ceil
@@ -11,10 +11,11 @@ from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .random_state import RandomState, devices_of
+from .side_effects import Buffers, RandomState
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -53,10 +54,15 @@ class MicroBatch:
         return [(self._rows(start, stop, size), (stop - start) / chosen) for start, stop in pairwise(bounds)]
 
     def _rows(self, start: int, stop: int, size: int) -> "MicroBatch":
-        inputs = {name: value[start:stop] for name, value in self.inputs.items()}
+        inputs = type(self.inputs)({name: value[start:stop] for name, value in self.inputs.items()})
         # A loss that is normalized by the items of the whole window gets those of the rows: on average their share.
         items = None if self.num_items_in_batch is None else self.num_items_in_batch * ((stop - start) / size)
         return replace(self, inputs=inputs, num_items_in_batch=items)
+
+
+def copied(inputs: Any) -> Any:
+    """Return a batch like `inputs` with tensors of its own: a step may change them in place, or take `labels` out."""
+    return recursively_apply(torch.clone, copy(inputs))
 
 
 def _rows_mislead(inputs: Mapping[str, Any]) -> bool:
@@ -74,16 +80,19 @@ class Replay:
         accelerator: the trainer's.
         model: as prepared by the accelerator.
         micro_batches: the window, in order.
+        buffers: the model's before the window, from which its passes start again.
     """
 
     training_step: Callable[[nn.Module, MicroBatch], Tensor]
     accelerator: Accelerator
     model: nn.Module
     micro_batches: list[MicroBatch]
+    buffers: Buffers
 
     def run(self, synchronize: bool = True) -> Tensor:
         """Leave the window's gradient in `.grad`, averaged over the processes if `synchronize`; return its loss."""
         self.model.zero_grad()
+        self.buffers.restore()
         losses = []
         for micro_batch in self.micro_batches:
             last = micro_batch is self.micro_batches[-1]
@@ -151,42 +160,6 @@ def with_gradient(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parame
 def twice_differentiable_attention() -> AbstractContextManager[None]:
     """Have scaled_dot_product_attention use its math kernel; the fused ones have no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
-
-
-@contextmanager
-def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Undo what forward passes within the block do to random generators and to the model's buffers.
-
-    Batch norm's running statistics thus move once an optimizer step, by the pass at the unperturbed weights.
-    """
-    random_state = RandomState.capture(devices_of(model, device))
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        random_state.restore()
-        with torch.no_grad():
-            for buffer, original in buffers:
-                buffer.copy_(original)
-
-
-@contextmanager
-def counts_undone(trainer: Any) -> Iterator[None]:
-    """Undo what losses computed within the block add to the metrics and token counts of a trainer of TRL's."""
-    kept = {
-        name: deepcopy(vars(trainer)[name]) for name in ("_metrics", "_total_train_tokens") if name in vars(trainer)
-    }
-    try:
-        yield
-    finally:
-        vars(trainer).update(kept)
-
-
-@contextmanager
-def logs_dropped(trainer: Any) -> Iterator[None]:
-    """Drop what losses computed within the block log with `trainer.log`: the step's own has logged it."""
-    with patch.object(trainer, "log", lambda *args, **kwargs: None):
-        yield
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Which parameters X-SAM's vectors span."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -31,19 +31,25 @@ def parameters_in_scope(model: nn.Module, scope: str, field: str) -> dict[str, n
         ValueError: where there is none.
     """
     parameters = trainable_parameters(model)
-    if scope == "norm":
-        norms = set(_normalization_parameters(model))
-        chosen = {name: parameter for name, parameter in parameters.items() if parameter in norms}
-    else:
-        pattern = re.compile({"trainable": "", "lora": LORA}.get(scope, scope))
-        chosen = {name: parameter for name, parameter in parameters.items() if pattern.search(name)}
+    if not parameters:
+        raise ValueError(f"{field} is {scope!r}, but the model has no trainable parameter: all are frozen.")
+    chosen = in_scope(parameters, scope, model)
     if not chosen:
         raise ValueError(
             f"{field} is {scope!r}, which matches no trainable parameter; it must be 'trainable', 'lora' "
             "(a PEFT model with LoRA), 'norm' (normalization layers) or a regular expression found in a trainable "
-            f"parameter's name, such as {next(iter(parameters), None)!r}."
+            f"parameter's name, such as {next(iter(parameters))!r}."
         )
     return chosen
+
+
+def in_scope(parameters: Mapping[str, nn.Parameter], scope: str, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return those of the model's `parameters` that `scope` names: see [`parameters_in_scope`]."""
+    if scope == "norm":
+        norms = set(_normalization_parameters(model))
+        return {name: parameter for name, parameter in parameters.items() if parameter in norms}
+    pattern = re.compile({"trainable": "", "lora": LORA}.get(scope, scope))
+    return {name: parameter for name, parameter in parameters.items() if pattern.search(name)}
 
 
 @contextmanager

@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 from .config import XSAMConfig
 from .eigenvector import random_unit_vector
 from .landscape import Landscape, LossFunction, Slice, angle_degrees, model_loss, plain_accelerator, uphill
-from .replay import evaluating, gradients_set_aside, side_effects_undone
+from .replay import evaluating, gradients_set_aside
 from .scope import parameters_in_scope
+from .side_effects import side_effects_undone
 from .spectrum import Trace, hutchinson_trace, top_eigenpairs
 from .tensors import add_scaled, is_sharded, norm, reciprocal_or_zero, scale
 
@@ -137,7 +138,7 @@ def measure(
         ArithmeticError: where the loss or a derivative is not finite, or the eigenpairs are not found.
         RuntimeError: where hvp is "exact" and the model has no second derivative.
     """
-    refuse_settings(top_k, trace_samples, rhos, eigen_scope, hvp)
+    refuse_settings(top_k, trace_samples, rhos, eigen_scope, hvp, tolerance)
     with plain_accelerator(model) if accelerator is None else nullcontext(accelerator) as accelerator:
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
         scope = parameters_in_scope(model, eigen_scope, "eigen_scope")
@@ -197,15 +198,22 @@ def measure(
     )
 
 
-def refuse_settings(top_k: int, trace_samples: int, rhos: Sequence[float], eigen_scope: str, hvp: str) -> None:
+def refuse_settings(
+    top_k: int, trace_samples: int, rhos: Sequence[float], eigen_scope: str, hvp: str, tolerance: float
+) -> None:
     """Raise a ValueError for a setting that [`measure`] does not allow."""
-    XSAMConfig(hvp=hvp, eigen_scope=eigen_scope)  # type: ignore[arg-type]  # refuses what is not allowed
+    try:
+        XSAMConfig(hvp=hvp, eigen_scope=eigen_scope)  # type: ignore[arg-type]  # refuses what is not allowed
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("XSAMConfig.")) from error
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1.")
     if trace_samples < 0 or trace_samples == 1:
         raise ValueError(f"trace_samples is {trace_samples}; it must be 0, or at least 2 for a standard error.")
-    if any(rho <= 0 for rho in rhos):
+    if not all(rho > 0 for rho in rhos):
         raise ValueError(f"rhos are {list(rhos)}; they must be above 0.")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; it must be at least 0.")
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,9 +1,12 @@
-"""The random generators that forward passes draw from: read, and set back."""
+"""What training steps leave behind beside gradients, so that they can be run again: read, set back, or dropped."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -47,3 +50,66 @@ def devices_of(model: nn.Module, device: torch.device) -> set[torch.device]:
     places = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
     numbered = [torch.device(device.type, place) if isinstance(place, int) else torch.device(place) for place in places]
     return {device, *numbered}
+
+
+@dataclass
+class Buffers:
+    """The buffers of a model, and the values that they had.
+
+    Attributes:
+        kept: by module and name, which tensor the buffer was, and its value.
+    """
+
+    kept: list[tuple[nn.Module, str, Tensor, Tensor]]
+
+    @classmethod
+    def capture(cls, model: nn.Module) -> "Buffers":
+        """Copy the buffers of `model`."""
+        held = ((module, *item) for module in model.modules() for item in module._buffers.items())
+        return cls([(module, name, buffer, buffer.clone()) for module, name, buffer in held if buffer is not None])
+
+    def restore(self) -> None:
+        """Give them their tensors and values back, whether a forward pass wrote into a tensor or put another there."""
+        with torch.no_grad():
+            for module, name, buffer, value in self.kept:
+                module._buffers[name] = buffer
+                if not _is_expanded(buffer):
+                    buffer.copy_(value)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Return whether elements share memory, so that nothing can have written into `tensor`."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+@contextmanager
+def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Undo what forward passes within the block do to random generators and to the model's buffers.
+
+    Batch norm's running statistics thus move once an optimizer step, by the pass at the unperturbed weights.
+    """
+    random_state, buffers = RandomState.capture(devices_of(model, device)), Buffers.capture(model)
+    try:
+        yield
+    finally:
+        random_state.restore()
+        buffers.restore()
+
+
+@contextmanager
+def counts_undone(trainer: Any) -> Iterator[None]:
+    """Undo what losses computed within the block add to the metrics and token counts of a trainer of TRL's."""
+    kept = {
+        name: deepcopy(vars(trainer)[name]) for name in ("_metrics", "_total_train_tokens") if name in vars(trainer)
+    }
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
+@contextmanager
+def logs_dropped(trainer: Any) -> Iterator[None]:
+    """Drop what losses computed within the block log with `trainer.log`: the step's own has logged it."""
+    with patch.object(trainer, "log", lambda *args, **kwargs: None):
+        yield

@@ -23,7 +23,7 @@ class XSAMState:
             [`hf_xsam.eigenvector.power_iteration`].
         step: optimizer steps taken, skipped ones included.
         refreshed_at: optimizer step of the last refresh; None before it.
-        skipped_steps: steps that were not X-SAM's because a gradient was not finite.
+        skipped_steps: steps that were not X-SAM's because a gradient was not finite, or there was none.
     """
 
     eigenvector: dict[str, Tensor] | None = None

@@ -32,13 +32,10 @@ def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
         ValueError: naming the argument, its value and what to use instead.
     """
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    optimizer = type(trainer.optimizer).__name__
-    if "lomo" in optim or optim.endswith("layerwise") or optimizer in STEPS_INSIDE_BACKWARD:
-        name = optimizer if optimizer in STEPS_INSIDE_BACKWARD else f"optim={optim!r}"
-        raise ValueError(
-            f"{name} updates the weights inside the backward pass, before X-SAM has its second gradient. "
-            "Use an optimizer that updates in step(), such as optim='adamw_torch' or optim='galore_adamw'."
-        )
+    if "lomo" in optim or optim.endswith("layerwise"):
+        raise _steps_inside_backward(f"optim={optim!r}")
+    if trainer.optimizer is not None:
+        refuse_optimizer(trainer)
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"X-SAM does not support torch.nn.DataParallel, which Trainer uses for {trainer.args.n_gpu} GPUs in one "
@@ -106,20 +103,31 @@ def _refuse_unsupported_trl(trainer: "Trainer") -> None:
         )
 
 
-def refuse_foreign_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise where the optimizer trains parameters that are not the model's, as some losses have.
+def refuse_optimizer(trainer: "Trainer") -> None:
+    """Raise where the trainer's optimizer steps within backward passes, or trains a loss's parameters too.
 
     Raises:
-        ValueError: with how many there are and what to do.
+        ValueError: with what to do instead.
     """
-    known = {id(parameter) for parameter in model.parameters()}
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert trainer.optimizer is not None
+    assert isinstance(trainer.model, nn.Module)
+    if (name := type(trainer.optimizer).__name__) in STEPS_INSIDE_BACKWARD:
+        raise _steps_inside_backward(name)
+    known = {id(parameter) for parameter in trainer.model.parameters()}
+    trained = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     if foreign := [parameter for parameter in trained if id(parameter) not in known]:
         raise ValueError(
             f"The optimizer trains {len(foreign)} parameters that are not the model's, the first of shape "
             f"{tuple(foreign[0].shape)}, which X-SAM would neither perturb nor correct: make their module a part of "
             "the model, or leave them to the stock trainer."
         )
+
+
+def _steps_inside_backward(name: str) -> ValueError:
+    return ValueError(
+        f"{name} updates the weights inside the backward pass, before X-SAM has its second gradient. "
+        "Use an optimizer that updates in step(), such as optim='adamw_torch' or optim='galore_adamw'."
+    )
 
 
 def obstacle_in_arguments(args: "TrainingArguments") -> str | None:

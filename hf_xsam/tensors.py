@@ -109,14 +109,15 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _total(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Sum pairs of a tensor and what this process's part of it adds, over the pairs and the processes."""
+    """Sum pairs of a tensor and what this process's part of it adds, over the pairs and the processes; 0 of none."""
     parts: dict[tuple[DeviceMesh, tuple[bool, ...]] | None, list[Tensor]] = defaultdict(list)
     device = None
     for tensor, term in terms:
         device = device or term.device  # layers of one model may live on several (`device_map`)
         layout = (tensor.device_mesh, tuple(p.is_shard() for p in tensor.placements)) if is_sharded(tensor) else None
         parts[layout].append(term.to(device))
-    return torch.stack([_over_processes(layout, torch.stack(part).sum()) for layout, part in parts.items()]).sum()
+    totals = [_over_processes(layout, torch.stack(part).sum()) for layout, part in parts.items()]
+    return torch.stack(totals).sum() if totals else torch.zeros(())
 
 
 def _over_processes(layout: "tuple[DeviceMesh, tuple[bool, ...]] | None", partial: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +19,21 @@ from .hub import PushCallback, refusal_explained
 from .metrics import Advice, RunningMeans, alignment
 from .model_card import complete_model_card, prepare_adapter_card
 from .perturbation import ascent_perturbation, perturbed
-from .precision import all_finite, leave_harmless_gradient, loss_scale
-from .random_state import RandomState, devices_of
+from .precision import all_finite, holds_everywhere, leave_harmless_gradient, loss_scale
 from .replay import (
     MicroBatch,
     Replay,
+    copied,
     evaluating,
     gradients,
     gradients_set_aside,
-    logs_dropped,
     reshard,
-    side_effects_undone,
     with_gradient,
 )
-from .scope import parameters_in_scope, trainable_parameters
+from .scope import in_scope, parameters_in_scope, trainable_parameters
+from .side_effects import Buffers, RandomState, devices_of, logs_dropped, side_effects_undone
 from .state import XSAMState
-from .support import obstacle_in_arguments, refuse_foreign_parameters, refuse_unsupported
+from .support import obstacle_in_arguments, refuse_optimizer, refuse_unsupported
 from .tensors import dot, is_sharded, norm, set_to_combination
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ class XSAMTrainerMixin(_Trainer):
 
     Args:
         xsam_config ([`XSAMConfig`], *optional*):
-            Settings of X-SAM; the paper's by default.
+            Settings of X-SAM; by default `XSAMConfig()`, the paper's update with a cheaper estimate of v.
         *args, **kwargs:
             Passed on to the trainer.
 
@@ -89,17 +87,21 @@ class XSAMTrainerMixin(_Trainer):
         Returns:
             The stock step's loss, at the unperturbed weights.
         """
-        kept_inputs, random_state = copy(inputs), RandomState.capture(devices_of(model, self.args.device))
+        kept_inputs, random_state = copied(inputs), RandomState.capture(devices_of(model, self.args.device))
+        if not self._xsam_window:
+            self._xsam_buffers = Buffers.capture(model)
         try:
             with self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
             steps = getattr(self, "current_gradient_accumulation_steps", 1)  # the Trainer sets it in train()
             self._xsam_window.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss, steps))
             if self.accelerator.sync_gradients:
-                replay = Replay(self._step_again, self.accelerator, model, self._xsam_window)
+                window, buffers = self._xsam_window, self._xsam_buffers
+                replay = Replay(self._step_again, self.accelerator, model, window, buffers)
                 with self._side_effects_undone(model):
                     self._sharpness_aware_gradient(replay)
                 self._xsam_window = []
+                self.xsam_state.step = self.state.global_step + 1
         except BaseException:
             self._xsam_window = []
             model.zero_grad()
@@ -109,9 +111,8 @@ class XSAMTrainerMixin(_Trainer):
     def _step_again(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         # Micro-batches left over from the end of data without a length have another divisor than the window's last one.
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
-        # A copy, for a step may take `labels` out of the dictionary that it gets.
         items = micro_batch.num_items_in_batch  # of a part of the rows no whole number, which the stock step allows
-        return super().training_step(model, copy(micro_batch.inputs), items)  # type: ignore[arg-type]
+        return super().training_step(model, copied(micro_batch.inputs), items)  # type: ignore[arg-type]
 
     @contextmanager
     def _side_effects_undone(self, model: nn.Module) -> Iterator[None]:
@@ -126,6 +127,9 @@ class XSAMTrainerMixin(_Trainer):
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
         config, step = self.xsam_config, self.state.global_step
         trainable = self._trainable_parameters()
+        if self._nothing_learnt(trainable):
+            self.xsam_state.skipped_steps += 1
+            return
         weights = list(self._perturbed_parameters().values())
         gradient = gradients(weights)
         unscaled, rho = 1 / loss_scale(self.accelerator), config.rho_at(step)
@@ -145,7 +149,6 @@ class XSAMTrainerMixin(_Trainer):
         gradient = gradients(list(parameters.values()))
         length = norm(gradient)
         metrics["perturbed_gradient_norm"] = length * unscaled
-        self.xsam_state.step = step + 1
         scaler_skips = not refreshed and self.accelerator.scaler is not None
         if scaler_skips or not all_finite(self.accelerator, metrics.values()):
             leave_harmless_gradient(replay, list(trainable.values()))
@@ -160,6 +163,13 @@ class XSAMTrainerMixin(_Trainer):
             factor = 1 / unscaled if config.normalize_gradient else torch.ones_like(unscaled)
             set_to_combination(gradient, factor * size, eigenvector, factor * change)
         self._xsam_metrics.add({f"xsam/{name}": value for name, value in metrics.items()})
+
+    def _nothing_learnt(self, trainable: Mapping[str, nn.Parameter]) -> bool:
+        """Return whether the window left no gradient: a training step may skip a batch, or its loss need no weight."""
+        nothing = not with_gradient(trainable)
+        if self.xsam_config.ascent == "local":  # else the gradient is that of all processes
+            return holds_everywhere(self.accelerator, torch.tensor(nothing, device=self.args.device))
+        return nothing
 
     def _refresh_eigenvector(self, replay: Replay) -> bool:
         """Run power iterations on the window's loss at the weights as they stand, from the last eigenvector.
@@ -208,20 +218,27 @@ class XSAMTrainerMixin(_Trainer):
         """Estimate the top eigenpair of the Hessian of the mean loss over `batches`, in evaluation mode.
 
         Args:
-            batches: collated batches, of one size for a plain mean; each is one forward and double backward
-                pass an iteration. With several processes, each brings its own.
-            iterations: power iterations, from a random start.
+            batches: collated batches, of one size for a plain mean; an iteration takes a Hessian-vector product of
+                each. With several processes, each brings its own.
+            iterations: power iterations, from a random start, at least 1.
 
         Returns:
             The eigenvector by parameter name, jointly of norm 1, and the eigenvalue.
+
+        Raises:
+            ValueError: without batches or iterations.
         """
+        if isinstance(batches, Mapping) or not batches:
+            raise ValueError(f"batches is {type(batches).__name__} of {len(batches)}; it must be a list of batches.")
+        if iterations < 1:
+            raise ValueError(f"iterations is {iterations}; it must be at least 1.")
         model = self._unwrapped_model()
         reshard(model)
         scope = self._eigen_parameters()
         parameters = list(scope.values())
 
         def loss_on(batch: Mapping[str, Any]) -> Tensor:
-            loss = self.compute_loss(model, send_to_device(dict(batch), self.args.device))
+            loss = self.compute_loss(model, send_to_device(copied(batch), self.args.device))
             assert isinstance(loss, Tensor)  # a tuple only with return_outputs
             return loss
 
@@ -235,17 +252,16 @@ class XSAMTrainerMixin(_Trainer):
         return dict(zip(scope, estimate.vector, strict=True)), estimate.value.item()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the optimizer, and refuse one that trains more than the model."""
+        """Create the optimizer, and refuse one that X-SAM cannot work with."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        assert isinstance(self.model, nn.Module)
-        refuse_foreign_parameters(optimizer, self.model)
+        refuse_optimizer(self)  # what it has set, for the Trainer leaves out what it returns
         return optimizer
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Start X-SAM's state afresh with a fresh model; a warm start set before the first run stays."""
         model = super().call_model_init(trial)
         state = getattr(self, "xsam_state", None)  # the stock constructor calls this before X-SAM's has run
-        if state is not None and state.eigenvalue is not None:
+        if state is not None and state.step > 0:
             self.xsam_state = XSAMState()
         return model
 
@@ -255,6 +271,7 @@ class XSAMTrainerMixin(_Trainer):
         `resume_from_checkpoint=True` resumes from the newest checkpoint that was written to its end.
         """
         self._xsam_window, self._xsam_metrics = [], RunningMeans()
+        self._xsam_hvp_method = None  # the model may be another one
         if resume_from_checkpoint is True:
             ranks = [self.args.process_index] if self.args.save_on_each_node else None
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir), ranks)
@@ -269,7 +286,8 @@ class XSAMTrainerMixin(_Trainer):
                 if self.accelerator.num_processes > 1:
                     means = self.accelerator.reduce(means, reduction="mean")
                 logs.update(zip(names, means.tolist(), strict=True))
-            self._xsam_advice.read(logs)
+            if self.is_world_process_zero():
+                self._xsam_advice.read(logs)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -322,7 +340,10 @@ class XSAMTrainerMixin(_Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = load_state(checkpoint, self.xsam_config, self._eigen_parameters(), self.accelerator)
+            # Frozen ones too, for a callback may yet unfreeze them, as it did before the checkpoint.
+            model = self._unwrapped_model()
+            parameters = in_scope(dict(model.named_parameters()), self.xsam_config.eigen_scope, model)
+            state = load_state(checkpoint, self.xsam_config, parameters, self.accelerator)
             self.xsam_state = state or XSAMState()
 
 

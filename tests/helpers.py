@@ -26,7 +26,7 @@ from transformers import (
 
 from hf_xsam import XSAMTrainer
 
-PLAIN = {"rho": 0.0, "alpha": 0.0, "normalize_gradient": False}
+PLAIN = {"rho": 0.0, "alpha": 0.0}
 
 
 def arguments(folder, **overrides):

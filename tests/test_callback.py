@@ -218,6 +218,12 @@ def test_collators_that_draw_give_the_same_batches_whatever_was_drawn_before(tmp
     assert losses[0] == losses[1]
 
 
+def test_the_seed_chooses_the_examples(tmp_path):
+    trainer = Trainer(bert_with_dropout(), arguments(tmp_path), train_dataset=sentences())
+    losses = [XSAMCallback(trainer, samples=8, seed=seed).measure().loss for seed in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -233,7 +239,8 @@ def test_what_does_not_fit_is_named(tmp_path):
     for settings, message in (
         ({"eigen_scope": "lora"}, "eigen_scope is 'lora', which matches no trainable parameter"),
         ({"trace_samples": 1}, "trace_samples is 1; it must be 0, or at least 2"),
-        ({"rho": -0.05}, r"rhos are \[-0.05\]; they must be above 0"),
+        ({"rho": -0.05}, "rho is -0.05; it must be above 0"),
+        ({"tolerance": -1.0}, "tolerance is -1.0; it must be at least 0"),
         ({"hvp": "exct"}, "hvp is 'exct'; it must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer
 
 from hf_xsam import XSAMConfig, XSAMSeq2SeqTrainer, XSAMTrainer, XSAMTrainerMixin
+from hf_xsam.metrics import Advice
 
 from .helpers import PLAIN, WeightRecorder, arguments, examples_of, logs_of, run, weights_of
 
@@ -76,7 +77,7 @@ def points(count=16):
 
 
 class TestEqualsStockTrainer:
-    """With rho = 0, alpha = 0 and no normalization, bit for bit."""
+    """With rho = 0 and alpha = 0, bit for bit."""
 
     @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
     @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -276,6 +277,25 @@ class TestEigenvector:
         trainer.train()
         assert trainer._xsam_hvp_method == "finite_difference"
 
+    def test_each_training_chooses_anew(self, tmp_path):
+        trainer = run(bert(), sentences(), tmp_path, XSAMConfig(), max_steps=2)
+        assert trainer._xsam_hvp_method == "exact"
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
+        trainer.train()
+        assert trainer._xsam_hvp_method == "finite_difference"
+
+    @pytest.mark.parametrize(
+        ("batches", "iterations", "message"),
+        [
+            ([], 2, "batches is list of 0"),
+            (sentences(4), 2, "batches is dict of"),
+            ([sentences(4)], 0, "iterations is 0"),
+        ],
+    )
+    def test_top_eigenpair_of_nothing(self, tmp_path, batches, iterations, message):
+        with pytest.raises(ValueError, match=message):
+            XSAMTrainer(bert(), arguments(tmp_path)).top_eigenpair(batches, iterations)
+
     def test_top_eigenpair_matches_lanczos(self, tmp_path):
         trainer = run(bert().double(), sentences(), tmp_path, XSAMConfig(alpha=0.0))
         trainer.model.eval()
@@ -340,6 +360,14 @@ class TestTrainerFeatures:
         first = weights_of(trainer.model)
         trainer.train()
         assert torch.equal(weights_of(trainer.model), first)
+
+    def test_model_init_counts_skipped_steps_afresh(self, tmp_path):
+        nothing = {"x": torch.full((8, 6), torch.nan), "labels": torch.zeros(8, dtype=torch.long)}
+        sam = XSAMConfig(alpha=0.0)
+        trainer = run(None, nothing, tmp_path, sam, model_init=BatchNormClassifier, num_train_epochs=1)
+        assert trainer.xsam_state.skipped_steps == 2
+        trainer.train()
+        assert trainer.xsam_state.skipped_steps == 2
 
     def test_label_smoothing(self, tmp_path):
         settings = {"label_smoothing_factor": 0.2, "gradient_accumulation_steps": 2}
@@ -458,6 +486,17 @@ class TestTrainerFeatures:
         warnings = [record.getMessage() for record in caplog.records if "lower rho (it is 20)" in record.getMessage()]
         assert len(warnings) == 1
 
+    def test_only_a_large_rho_is_named(self, caplog):
+        advice = Advice(XSAMConfig(rho=0.3))
+        # Of the loss, 2: not large, then twice and not the third time, then three times in a row, and more.
+        for sharpness in (0.9, 0.9, 0.9, 1.1, 1.1, 0.9, 1.1, 1.1):
+            advice.read({"loss": 2.0, "xsam/sharpness": sharpness, "xsam/perturbed_loss": 2 + sharpness})
+            assert not caplog.records
+        for _ in range(5):
+            advice.read({"loss": 2.0, "xsam/sharpness": 1.1, "xsam/perturbed_loss": 3.1})
+        (record,) = caplog.records
+        assert "more than 1.5 times the loss for 3 logs in a row (last: 3.1 and 2)" in record.getMessage()
+
 
 class TestGradScaler:
     """Accelerate refuses fp16 on the CPU, so the scaler is put in by hand; its arithmetic is the real one."""
@@ -572,6 +611,25 @@ class TestRefusals:
             ValueError, match=r"trains 1 parameters that are not the model's, the first of shape \(3, 2\)"
         ):
             WithAHead(model=bert(), args=arguments(tmp_path), train_dataset=examples_of(sentences())).train()
+
+    def test_an_optimizer_that_steps_within_the_backward_pass(self, tmp_path):
+        class Lomo(torch.optim.SGD):
+            """By its name."""
+
+        class SetsItsOwn(XSAMTrainer):
+            def create_optimizer(self):
+                Trainer.create_optimizer(self)
+
+        def made_by(kind=XSAMTrainer, **settings):
+            return kind(bert(), arguments(tmp_path), train_dataset=examples_of(sentences()), **settings)
+
+        message = "Lomo updates the weights inside the backward pass"
+        with pytest.raises(ValueError, match=message):
+            made_by(optimizer_cls_and_kwargs=(Lomo, {"lr": 0.1})).train()
+        model = bert()
+        with pytest.raises(ValueError, match=message):
+            XSAMTrainer(model, arguments(tmp_path), optimizers=(Lomo(model.parameters(), lr=0.1), None))
+        assert made_by(SetsItsOwn).train().global_step == 8
 
     def test_sparse_gradients(self, tmp_path):
         class Sparse(nn.Module):
