@@ -93,9 +93,9 @@ def xsam(config: XSAMConfig) -> Callable[..., XSAMTrainer]:
 Contender = TrainerContender | HandWrittenSAM
 
 
-def steady(rho: float, **settings: Any) -> XSAMConfig:
-    """Return X-SAM's defaults as they are once the refreshes' interval has grown: each block begins a training anew."""
-    return XSAMConfig(rho=rho, eigen_warmup_steps=0, **settings)
+def steady(make: Callable[..., XSAMConfig], rho: float, **settings: Any) -> XSAMConfig:
+    """Return settings as they are once the first refreshes are over: each block begins a training anew."""
+    return make(rho=rho, eigen_start_step=0, eigen_warmup_steps=0, **settings)
 
 
 def contenders(rho: float, **settings: Any) -> dict[str, Callable[..., Contender]]:
@@ -112,7 +112,7 @@ def contenders(rho: float, **settings: Any) -> dict[str, Callable[..., Contender
     return {
         "stock Trainer": trainer(Trainer),
         "SAM": trainer(xsam(XSAMConfig(rho=rho, alpha=0.0))),
-        "X-SAM": trainer(xsam(steady(rho, **settings))),
-        "X-SAM, authors' policy": trainer(xsam(XSAMConfig.paper(rho=rho, **settings))),
+        "X-SAM": trainer(xsam(steady(XSAMConfig, rho, **settings))),
+        "X-SAM, authors' policy": trainer(xsam(steady(XSAMConfig.paper, rho, **settings))),
         "pytorch_optimizer's SAM": HandWrittenSAM,
     }

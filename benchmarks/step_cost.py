@@ -92,7 +92,7 @@ def measure(workload: Workload, arguments: CostArguments, folder: str) -> dict[s
     # Of new ones, whose eigenvector is not there before; the second refresh is beside the optimizer's state.
     makers = contenders(workload.rho, eigen_interval=1)
     peaks = {name: peak_tensor_memory(make(workload, folder, MEMORY_STEPS).block) for name, make in makers.items()}
-    policies = {OURS: XSAMConfig(rho=workload.rho), AUTHORS: XSAMConfig.paper(rho=workload.rho)}
+    policies = {OURS: XSAMConfig(rho=workload.rho), AUTHORS: XSAMConfig.paper(rho=workload.rho, eigen_start_step=0)}
     estimates = quality(workload, policies, folder, arguments.quality_steps, arguments.quality_every)
     return {
         "trainable_bytes": trainable,

@@ -46,8 +46,8 @@ class XSAMConfig:
             `"paper"` (Eq. 11), `"projection"` (Theorem 5.1) or `"aligned"`: see
             [`hf_xsam.correction.corrected_gradient`].
         normalize_gradient (`bool`, *optional*, defaults to `True`):
-            Give the corrected gradient a norm of about 1, as Eq. 11 does; `False` keeps the norm of the
-            perturbed gradient.
+            Start the correction from the perturbed gradient over its norm, as Eq. 11 does; `False` from the gradient
+            as it is. Steps that are not corrected, as with alpha 0, keep its norm either way.
 
     Parameters that control the eigenvector:
         eigen_interval (`int`, *optional*, defaults to 10):
@@ -168,9 +168,12 @@ class XSAMConfig:
         """Return the paper's settings, its authors' estimate of the eigenvector included; `settings` overrule them.
 
         Every 5 steps, 5 power iterations on all of the step's examples, which cost about as much as SAM's two passes.
+        As in the authors' code, the steps before the first interval is over are SAM's.
         """
+        interval = settings.get("eigen_interval", 5)
         authors = {
-            "eigen_interval": 5,
+            "eigen_interval": interval,
+            "eigen_start_step": interval,
             "eigen_warmup_steps": 0,
             "power_iterations": 5,
             "eigen_batch_fraction": 1.0,

@@ -23,8 +23,8 @@ def corrected_gradient(
     - "paper" (X-SAM, arXiv 2601.10251, Eq. 11): d = u - alpha * abs(<u, v>) * v. It depends on the
       sign of v, which the Hessian leaves open and the warm start alone fixes.
     - "projection" (Theorem 5.1): d = u - alpha * <u, v> * v damps the part along v.
-    - "aligned": d = u + alpha * <u, v> * v amplifies it, so that the step goes down the steepest
-      direction faster and the top eigenvalue falls.
+    - "aligned": d = u + alpha * <u, v> * v amplifies it: a longer step along the direction of largest curvature.
+      Whether the top eigenvalue falls under it depends on the task, see `experiments/README.md`.
 
     u is a / norm(a) when `normalize`, else a.
 

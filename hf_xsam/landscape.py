@@ -145,7 +145,7 @@ def angle_degrees(gradient: Sequence[Tensor], eigenvector: Sequence[Tensor]) -> 
 
 def uphill(eigenvector: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
     """Return v or -v, the one along which the loss rises."""
-    sign = -1.0 if alignment(dot(gradient, eigenvector), norm(gradient))["cosine"] < 0 else 1.0
+    sign = -1.0 if dot(gradient, eigenvector) < 0 else 1.0
     return scale(torch.tensor(sign), eigenvector)
 
 

@@ -98,6 +98,8 @@ class SharpnessArguments:
         for name in ("samples", "batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.slice_points < 0:
+            raise ValueError(f"slice_points is {self.slice_points}; it must be at least 0.")
 
 
 def run(arguments: SharpnessArguments) -> None:
@@ -303,9 +305,13 @@ def _loaded(name: str, load: Any) -> DatasetDict:
 
 def _from_either(kind: Any, saved: SavedModel, what: str) -> Any:
     """Load a tokenizer or image processor from the model's folder, or else from its base model's."""
+    reasons = []
     for name in (saved.name, saved.base) if saved.base else (saved.name,):
         try:
             return kind.from_pretrained(name)
-        except (OSError, ValueError):
-            continue
-    raise ValueError(f"{saved.name!r} has no {what}: save it into the same folder with save_pretrained.")
+        except (OSError, ValueError) as error:
+            reasons.append(str(error).splitlines()[0])
+    raise ValueError(
+        f"{saved.name!r} has no {what} that loads ({'; '.join(reasons)}): save it into the same folder with "
+        "save_pretrained."
+    )

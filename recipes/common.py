@@ -1,7 +1,6 @@
 """What the recipes share: their arguments, the data, the trainer for a mode, and the closing table."""
 
 import logging
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -40,6 +39,11 @@ class RecipeArguments:
     eigenvalue_samples: int = field(
         default=64, metadata={"help": "Training examples to measure the final top eigenvalue on; 0 skips it."}
     )
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_samples", "max_eval_samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1, or left out for all.")
 
 
 def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -137,6 +141,8 @@ def train_and_report(
 
 def peak_memory_gib() -> float:
     """Return the most main memory that this process has held so far."""
+    import resource  # which Windows lacks
+
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -35,7 +35,7 @@ from transformers import (
 from hf_xsam import XSAMConfig
 from hf_xsam.data.encoding import encode_texts
 from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, load_movie_reviews
-from hf_xsam.data.splits import label_names
+from hf_xsam.data.splits import label_names, require_columns
 
 
 @dataclass
@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     with args.main_process_first(desc="loading data"):
         splits = load_splits(recipe, load_movie_reviews)
+    pair = {"text_pair_column": recipe.text_pair_column} if recipe.text_pair_column else {}
+    require_columns(splits["train"], text_column=recipe.text_column, **pair)
     names, number_of = label_names(splits["train"], recipe.label_column)
     splits = limited(without_hidden_labels(splits, recipe.label_column, number_of), recipe)
 

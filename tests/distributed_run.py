@@ -5,6 +5,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate import ParallelismConfig, PartialState
@@ -146,7 +147,8 @@ def train(case, folder):
     if "measure_every" in case:
         trainer.add_callback(XSAMCallback(trainer, every=case["measure_every"], samples=8, tolerance=1e-4))
     resume = case.get("resume")
-    with CollectiveCounter() as collectives:
+    bucket = patch("hf_xsam.hessian.BUCKET_BYTES", case.get("bucket_bytes", 25 * 2**20))
+    with CollectiveCounter() as collectives, bucket:
         trainer.train(resume_from_checkpoint=resume)
     history = trainer.state.log_history
     result = {

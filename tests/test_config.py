@@ -28,6 +28,10 @@ from hf_xsam import XSAMConfig
         ("rho_warmup_steps", -1, "at least 0"),
         ("eigen_warmup_steps", -1, "at least 0"),
         ("power_iterations", 0, "at least 1"),
+        ("eigen_batch_fraction", 0.0, "above 0 and at most 1"),
+        ("eigen_batch_fraction", 1.5, "above 0 and at most 1"),
+        ("eigen_momentum", -0.1, "from 0 to below 1"),
+        ("eigen_momentum", 1.0, "from 0 to below 1"),
         ("eigen_scope", "(", "'trainable', 'lora', 'norm' or a regular expression"),
         ("eigen_scope", None, "'trainable', 'lora', 'norm' or a regular expression"),
         ("perturb_scope", "*", "'trainable', 'lora', 'norm' or a regular expression"),
@@ -43,6 +47,7 @@ def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
 def test_defaults_are_the_papers_but_for_the_estimate_of_the_eigenvector():
     estimate = {
         "eigen_interval": 10,
+        "eigen_start_step": 0,
         "eigen_warmup_steps": 80,
         "power_iterations": 1,
         "eigen_batch_fraction": 0.5,
@@ -55,11 +60,13 @@ def test_the_papers_settings():
     assert XSAMConfig.paper(rho=0.1, eigen_interval=3) == XSAMConfig(
         rho=0.1,
         eigen_interval=3,
+        eigen_start_step=3,
         eigen_warmup_steps=0,
         power_iterations=5,
         eigen_batch_fraction=1.0,
         eigen_momentum=0.0,
     )
+    assert XSAMConfig.paper(eigen_start_step=0).eigen_start_step == 0
     assert XSAMConfig.paper().to_dict() == {
         "rho": 0.05,
         "adaptive": False,
@@ -67,7 +74,7 @@ def test_the_papers_settings():
         "correction": "paper",
         "normalize_gradient": True,
         "eigen_interval": 5,
-        "eigen_start_step": 0,
+        "eigen_start_step": 5,
         "eigen_warmup_steps": 0,
         "rho_warmup_steps": 0,
         "power_iterations": 5,

@@ -49,6 +49,7 @@ def case(config, world, examples=32, global_batch=8, accumulation=2, **settings)
 def ddp_cases(world):
     return {
         "exact": case({**XSAM, "hvp": "exact"}, world),
+        "buckets": case({**XSAM, "hvp": "exact"}, world, bucket_bytes=5000),
         "finite_difference": case({**XSAM, "hvp": "finite_difference"}, world),
         "measured": case({**XSAM, "hvp": "exact"}, world, measure_every=2),
         "scopes": case({**XSAM, "hvp": "exact", "perturb_scope": "norm", "eigen_scope": r"layer\.1\."}, world),
@@ -147,6 +148,12 @@ class TestDistributedDataParallel:
     def test_an_exact_product_costs_one_all_reduce(self, several):
         # 2 refreshes of an iteration, and a vector of less than a bucket.
         assert several["exact"]["all_reduces"] - several["accumulated SAM"]["all_reduces"] == 2
+
+    def test_a_vector_of_many_buckets_is_reduced_whole(self, several):
+        assert several["buckets"]["ranks_agree"]
+        assert several["buckets"]["all_reduces"] > several["exact"]["all_reduces"] + 10
+        assert_close(several["buckets"]["weights"], several["exact"]["weights"], 1e-12)
+        assert_close(several["buckets"]["eigenvector"], several["exact"]["eigenvector"], 1e-12)
 
     @pytest.mark.parametrize("several", [4], indirect=True)
     def test_two_replicas_of_two_shards_equal_four_of_the_whole(self, several):

@@ -91,7 +91,7 @@ def test_finite_difference_agrees_with_exact(build, direction):
     # Built after the weights have moved and come back: a graph does not survive that.
     reference = exact_hessian_vector_product(losses, parameters, keep_graph=False)(vector)
     error = norm([x - y for x, y in zip(difference, reference, strict=True)]) / norm(reference)
-    assert error < 0.02
+    assert error < (0.02 if direction == "random" else 0.005)
 
 
 def test_power_iteration_matches_lanczos():

@@ -76,7 +76,6 @@ def test_every_step_matches_the_authors(name, micro_batches, tmp_path):
         xsam_config=XSAMConfig.paper(
             rho=golden["rho"],
             alpha=golden["alpha"],
-            eigen_start_step=golden["freq"],
             eigen_interval=golden["freq"],
             power_iterations=golden["power_steps"],
             hvp="exact",

@@ -35,8 +35,9 @@ def with_validation(splits: DatasetDict) -> DatasetDict:
 
 
 def chosen(split: Dataset, limit: int | None) -> Dataset:
-    """Return a random choice of `limit` examples, the same every time, or all where there are no more."""
-    return split.shuffle(seed=SPLIT_SEED).select(range(min(limit or len(split), len(split))))
+    """Return a random choice of `limit` examples, the same every time, or all where there are no more or it is None."""
+    count = len(split) if limit is None else min(limit, len(split))
+    return split.shuffle(seed=SPLIT_SEED).select(range(count))
 
 
 def require_columns(split: Dataset, **columns: str) -> None:

@@ -117,10 +117,18 @@ def test_a_test_split_without_labels_is_left_out(options, tmp_path):
     assert "test_accuracy" not in metrics
 
 
-def test_the_embedded_default(tmp_path):
+def test_the_embedded_default(tmp_path, monkeypatch):
     more = {"output_dir": str(tmp_path), "max_train_samples": "64", "max_eval_samples": "32", "max_steps": "2"}
     more |= {"use_cpu": "true", "report_to": "none", "save_strategy": "no", "eigenvalue_samples": "8"}
+    trainers, make = [], image_classification.make_trainer
+
+    def keep(*arguments, **settings):
+        trainers.append(make(*arguments, **settings))
+        return trainers[0]
+
+    monkeypatch.setattr(image_classification, "make_trainer", keep)
     metrics = image_classification.main(flags(more))
     assert 0 <= metrics["test_accuracy"] <= 1
+    assert (len(trainers[0].train_dataset), len(trainers[0].eval_dataset)) == (64, 32)
     sizes = [len(split) for split in image_classification.digits().values()]
     assert sizes == [1437, 360]
