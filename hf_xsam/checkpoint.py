@@ -5,7 +5,6 @@ and any number of processes can read it back. Files appear whole or not at all, 
 """
 
 import json
-import logging
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,7 +23,7 @@ from .config import XSAMConfig
 from .state import XSAMState
 from .tensors import is_sharded, local, norm, shard_like
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)  # of the main process alone
 
 STATE_NAME = "xsam_state.json"
 VECTOR_NAME = "xsam_eigenvector-{part:05d}-of-{parts:05d}.safetensors"
