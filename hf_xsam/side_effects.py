@@ -79,7 +79,8 @@ class Buffers:
 
 def _is_expanded(tensor: Tensor) -> bool:
     """Return whether elements share memory, so that nothing can have written into `tensor`."""
-    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    strides = tensor.stride() if tensor.layout == torch.strided else tensor.shape
+    return any(stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape, strict=True))
 
 
 @contextmanager
