@@ -244,6 +244,8 @@ def test_models_that_do_not_fit_are_named(tmp_path, reviews, capsys):
         (["--device", "abacus"], "device is 'abacus', which torch cannot use"),
         (["--samples", "0"], "samples is 0; it must be at least 1"),
         (["--eigen_scope", "lora"], "eigen_scope is 'lora', which matches no trainable parameter"),
+        (["--slice_points", "-1"], "slice_points is -1; it must be at least 0"),
+        (["--tolerance", "nan"], "tolerance is nan; it must be at least 0"),
         (["--rhos", "-1"], r"rhos are \[-1\.0\]; they must be above 0"),
         (["--hvp", "guess"], "argument --hvp: invalid choice: 'guess'"),
         (["--top_k", "many"], "argument --top_k/--top-k: invalid int value: 'many'"),
@@ -278,7 +280,16 @@ def test_paths_of_images_are_named(tmp_path, capsys):
     assert "Column 'image' holds a str where it should an image" in refused(capsys, *words)
 
 
+def test_a_damaged_tokenizer_is_named(tmp_path, reviews, capsys):
+    save_tiny_classifier(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{")
+    (tmp_path / "model" / "vocab.txt").unlink()
+    said = refused(capsys, "sharpness", tmp_path / "model", "--dataset", reviews, *FEW, *QUIET)
+    assert re.search(r"model' has no tokenizer that loads \(.+\): save it into the same folder", said)
+
+
 def test_packages_that_are_missing_are_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.delitem(sys.modules, "hf_xsam.sharpness_command", raising=False)
+    for name in ("command", "data"):
+        monkeypatch.delitem(sys.modules, f"hf_xsam.sharpness_{name}", raising=False)
     assert "pip install 'hf_xsam[tools]'" in refused(capsys, "sharpness", "model", "--dataset", "digits")

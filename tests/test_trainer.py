@@ -648,6 +648,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"eigen_scope is '{scope}'.*bert.embeddings.word_embeddings.weight"):
             self.build(tmp_path, config=XSAMConfig(eigen_scope=scope))
 
+    def test_a_frozen_model(self, tmp_path):
+        with pytest.raises(ValueError, match="perturb_scope is 'trainable', but the model has no trainable parameter"):
+            XSAMTrainer(bert().requires_grad_(False), arguments(tmp_path))
+
     def test_config_of_another_type(self, tmp_path):
         with pytest.raises(TypeError, match="xsam_config is a dict; it must be an XSAMConfig"):
             self.build(tmp_path, config={"rho": 0.1})

@@ -118,6 +118,10 @@ def test_bad_yaml_is_refused(tmp_path, content, message):
 def test_wrong_columns_and_files_are_named(model_and_data):
     with pytest.raises(ValueError, match="label_column is 'mark'; the data has review, verdict"):
         text_classification.main(flags(model_and_data | {"label_column": "mark"}))
+    with pytest.raises(ValueError, match="text_column is 'text'; the data has review, verdict"):
+        text_classification.main(flags(model_and_data | {"text_column": "text"}))
+    with pytest.raises(ValueError, match="max_train_samples is 0; it must be at least 1, or left out"):
+        text_classification.main(flags(model_and_data | {"max_train_samples": 0}))
     with pytest.raises(ValueError, match=r"train_file is 'data\.txt'; it must end in \.csv"):
         text_classification.main(flags(model_and_data | {"train_file": "data.txt"}))
 
