@@ -85,9 +85,19 @@ class HandWrittenSAM:
         return self.model(**batch)["loss"]
 
 
+class SteadyXSAMTrainer(XSAMTrainer):
+    """Chooses the kind of Hessian-vector product once, not in each block, which is a training of its own."""
+
+    chosen: str | None = None
+
+    def _choose_method(self, *arguments: Any) -> str:
+        self.chosen = self.chosen or super()._choose_method(*arguments)
+        return self.chosen
+
+
 def xsam(config: XSAMConfig) -> Callable[..., XSAMTrainer]:
     """Return what makes a trainer with `config`."""
-    return lambda **settings: XSAMTrainer(**settings, xsam_config=config)
+    return lambda **settings: SteadyXSAMTrainer(**settings, xsam_config=config)
 
 
 Contender = TrainerContender | HandWrittenSAM

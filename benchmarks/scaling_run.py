@@ -94,7 +94,7 @@ def measure(point: dict[str, Any], folder: str) -> dict[str, Any]:
         for name, make in {
             "stock Trainer": Trainer,
             "SAM": xsam(XSAMConfig(rho=task.rho, alpha=0.0)),
-            "X-SAM": xsam(steady(task.rho)),
+            "X-SAM": xsam(steady(XSAMConfig, task.rho)),
         }.items()
     }
     clocks = {name: Clocks() for name in made}
