@@ -97,16 +97,15 @@ class TestResume:
                     model.bert.requires_grad_(True)
 
         def trainer():
-            made = trainer_for(tmp_path, **{**SAVING, "save_steps": 1})
+            made = trainer_for(tmp_path, **SAVING)
             made.add_callback(Unfreezing())
             return made
 
         (whole := trainer()).train()
         assert len(load_file(tmp_path / "checkpoint-2" / VECTOR_FILE)) == 2  # the classifier's
         assert len(whole.xsam_state.eigenvector) > 2
-        for step in (2, 3):
-            (resumed := trainer()).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-            assert same(outcome(resumed), outcome(whole))
+        (resumed := trainer()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+        assert same(outcome(resumed), outcome(whole))
 
     def test_a_stock_checkpoint(self, tmp_path, caplog):
         trainer_for(tmp_path, trainer_class=Trainer, **SAVING).train()
