@@ -227,14 +227,11 @@ def short(found: Mapping[tuple[str, str], Runs]) -> str:
         for (task, part), runs in found.items()
         if part == "tuned" and all(mode in runs and len(runs[mode]) >= 5 for mode in LABELS)
     }
-    rows = []
-    for mode, label in LABELS.items():
-        both = [(metric_of(task), ("metrics", EIGENVALUE)) for task in complete]
-        cells = [
-            ", ".join(spread(values(runs[mode], *keys)) for keys in pair)
-            for pair, runs in zip(both, complete.values(), strict=True)
-        ]
-        rows.append([label, *cells])
+
+    def cell(task: str, records: Mapping[int, dict[str, Any]]) -> str:
+        return ", ".join(spread(values(records, *keys)) for keys in (metric_of(task), ("metrics", EIGENVALUE)))
+
+    rows = [[label, *(cell(task, runs[mode]) for task, runs in complete.items())] for mode, label in LABELS.items()]
     return table(["", *(TITLES[task] for task in complete)], rows)
 
 
@@ -278,9 +275,8 @@ def load_all(results: Path) -> dict[tuple[str, str], Runs]:
     return {(task, part): runs for task in TASKS for part in PARTS if (runs := load(results, task, part))}
 
 
-def report(results: Path) -> str:
+def report(found: Mapping[tuple[str, str], Runs], results: Path) -> str:
     """Return all tables, with a link to the figure."""
-    found = load_all(results)
     if not found:
         return "There are no results yet."
     parts = ["### The claims"]
@@ -297,12 +293,12 @@ def report(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def pages(results: Path, root: Path) -> dict[Path, str]:
+def pages(found: Mapping[tuple[str, str], Runs], results: Path, root: Path) -> dict[Path, str]:
     """Return the pages under `root` that have tables of the results, with these made anew."""
     all_tables, overview = root / "experiments" / "README.md", root / "README.md"
     return {
-        all_tables: filled(all_tables, {"results": f"\n{report(results)}\n"}),
-        overview: filled(overview, {"experiments": f"\n{short(load_all(results))}\n"}),
+        all_tables: filled(all_tables, {"results": f"\n{report(found, results)}\n"}),
+        overview: filled(overview, {"experiments": f"\n{short(found)}\n"}),
     }
 
 
@@ -317,10 +313,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the results, write both pages and the figure."""
     options = parse(argv)
-    for page, text in pages(options.results, options.root).items():
+    found = load_all(options.results)
+    for page, text in pages(found, options.results, options.root).items():
         page.write_text(text, encoding="utf-8")
         print(f"Wrote {page}.")
-    if found := load_all(options.results):
+    if found:
         draw(found, options.root / "experiments" / FIGURE)
 
 

@@ -84,7 +84,7 @@ class XSAMCallback(TrainerCallback):
         # Refused now, not at each measurement.
         if not rho > 0:
             raise ValueError(f"rho is {rho}; it must be above 0.")
-        refuse_settings(1, trace_samples, [rho], eigen_scope, hvp, tolerance)
+        refuse_settings(1, trace_samples, [], eigen_scope, hvp, tolerance)
         parameters_in_scope(trainer.model, eigen_scope, "eigen_scope")
         self._trainer, self._every, self._samples, self._data, self._rho = trainer, every, samples, data, rho
         self._settings: dict[str, Any] = {

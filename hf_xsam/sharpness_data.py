@@ -68,8 +68,7 @@ def prepare(saved: SavedModel, split: Dataset, arguments: "SharpnessArguments") 
 
 def prepare_texts(saved: SavedModel, split: Dataset, arguments: "SharpnessArguments") -> tuple[nn.Module, DataLoader]:
     """Return a text classifier, and batches of texts with their classes."""
-    pair = {"text_pair_column": arguments.text_pair_column} if arguments.text_pair_column else {}
-    require_columns(split, text_column=arguments.text_column, **pair)
+    require_columns(split, text_column=arguments.text_column, text_pair_column=arguments.text_pair_column or None)
     number_of = class_numbers(split, arguments.label_column, saved)
     tokenizer = load_tokenizer(saved)
     encode = partial(

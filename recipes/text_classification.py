@@ -63,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     with args.main_process_first(desc="loading data"):
         splits = load_splits(recipe, load_movie_reviews)
-    pair = {"text_pair_column": recipe.text_pair_column} if recipe.text_pair_column else {}
-    require_columns(splits["train"], text_column=recipe.text_column, **pair)
+    require_columns(splits["train"], text_column=recipe.text_column, text_pair_column=recipe.text_pair_column or None)
     names, number_of = label_names(splits["train"], recipe.label_column)
     splits = limited(without_hidden_labels(splits, recipe.label_column, number_of), recipe)
 

@@ -250,7 +250,7 @@ class TestReport:
             report.main(["--results", str(tmp_path), "--root", str(tmp_path)])
 
     def test_the_committed_pages_are_of_the_committed_results(self):
-        for page, text in report.pages(report.RESULTS, report.ROOT).items():
+        for page, text in report.pages(report.load_all(report.RESULTS), report.RESULTS, report.ROOT).items():
             assert page.read_text(encoding="utf-8") == text
 
 

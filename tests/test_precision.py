@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.perturbation import ascent_perturbation, perturbed, representable
@@ -14,7 +13,7 @@ from hf_xsam.tensors import norm, scale
 from .cases import TRANSFORMERS
 from .faults import Run, optimizer_tensors, run_with_fault, same
 from .helpers import PLAIN, WeightRecorder, logs_of, run, weights_of
-from .test_trainer import bert, sentences
+from .test_trainer import Smooth, bert, points, sentences
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -153,24 +152,10 @@ class TestHalfPrecisionWeights:
         assert "xsam/realised_perturbation" not in logs_of(trainer)[0]
 
 
-class Smooth(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-    def forward(self, x, labels):
-        return {"loss": nn.functional.cross_entropy(self.layers(x), labels)}
-
-
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 def test_a_compiled_model_gives_the_same(tmp_path, backend, hvp):
-    generator = torch.Generator().manual_seed(1)
-    batch = {
-        "x": torch.randn(16, 6, generator=generator),
-        "labels": torch.randint(0, 3, (16,), generator=generator),
-    }
+    batch = points()
     config = XSAMConfig(rho=0.1, alpha=0.5, eigen_interval=2, hvp=hvp)
     settings = {"num_train_epochs": 1, "gradient_accumulation_steps": 2}
     eager = run(Smooth(), batch, tmp_path, config, **settings)

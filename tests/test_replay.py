@@ -8,22 +8,10 @@ from transformers import BatchEncoding, Trainer
 from hf_xsam import XSAMConfig, XSAMTrainerMixin
 
 from .helpers import PLAIN, arguments, examples_of, logs_of, run, weights_of
-from .test_trainer import points
+from .test_trainer import Smooth, points
 
 
-class Classifier(nn.Module):
-    """Of points in 6 dimensions, to 3 classes."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-
-    def forward(self, x, labels):
-        return {"loss": nn.functional.cross_entropy(self.layers(x), labels)}
-
-
-class Centred(Classifier):
+class Centred(Smooth):
     """Takes a running mean from its input, kept in a buffer that is written into, or that another tensor replaces."""
 
     def __init__(self, in_place):
@@ -41,7 +29,7 @@ class Centred(Classifier):
         return super().forward(x - self.mean, labels)
 
 
-class SpectralNorm(Classifier):
+class SpectralNorm(Smooth):
     """Its first weight's norm is estimated by a power iteration, a step of which each forward pass takes."""
 
     def __init__(self):
@@ -49,7 +37,7 @@ class SpectralNorm(Classifier):
         nn.utils.parametrizations.spectral_norm(self.layers[0])
 
 
-class Masked(Classifier):
+class Masked(Smooth):
     """Has a buffer whose elements share memory, which nothing can be written into, and a sparse one."""
 
     def __init__(self):
@@ -108,10 +96,10 @@ def with_xsam(kind):
         (lambda: Centred(in_place=False), Trainer),
         (SpectralNorm, Trainer),
         (Masked, Trainer),
-        (Classifier, NoisyInPlace),
-        (Classifier, SkipsBatches),
-        (Classifier, CallsBackward),
-        (Classifier, TakesAttributes),
+        (Smooth, NoisyInPlace),
+        (Smooth, SkipsBatches),
+        (Smooth, CallsBackward),
+        (Smooth, TakesAttributes),
     ],
     ids=["buffer", "assigned", "spectral", "expanded", "noisy", "skips", "backward", "attributes"],
 )
@@ -135,8 +123,8 @@ def test_without_perturbation_it_is_the_stock_run(build, kind, accumulation, tmp
 def test_steps_without_a_gradient_are_counted_and_change_nothing(tmp_path):
     batch = points(16)
     batch["labels"][:] = 1
-    trainer = run(Classifier(), batch, tmp_path, XSAMConfig(rho=0.1), with_xsam(SkipsBatches))
-    assert torch.equal(weights_of(trainer.model), weights_of(Classifier()))
+    trainer = run(Smooth(), batch, tmp_path, XSAMConfig(rho=0.1), with_xsam(SkipsBatches))
+    assert torch.equal(weights_of(trainer.model), weights_of(Smooth()))
     assert trainer.xsam_state.skipped_steps == trainer.state.global_step == trainer.xsam_state.step == 8
     assert logs_of(trainer)[-1]["xsam/skipped_steps"] == 8
 
@@ -144,7 +132,7 @@ def test_steps_without_a_gradient_are_counted_and_change_nothing(tmp_path):
 def test_exact_products_of_a_step_that_hands_over_no_loss_are_refused_without_leaving_gradients(tmp_path):
     kind = with_xsam(CallsBackward)
     trainer = kind(
-        Classifier(), arguments(tmp_path), train_dataset=examples_of(points(16)), xsam_config=XSAMConfig(hvp="exact")
+        Smooth(), arguments(tmp_path), train_dataset=examples_of(points(16)), xsam_config=XSAMConfig(hvp="exact")
     )
     with pytest.raises(RuntimeError, match="hands no loss to accelerator.backward"):
         trainer.train()
@@ -155,5 +143,5 @@ def test_the_measured_batch_stays_as_it_is(tmp_path):
     batch = points(16)
     before = batch["x"].clone()
     kind = with_xsam(NoisyInPlace)
-    kind(Classifier(), arguments(tmp_path), train_dataset=examples_of(batch)).top_eigenpair([batch], iterations=2)
+    kind(Smooth(), arguments(tmp_path), train_dataset=examples_of(batch)).top_eigenpair([batch], iterations=2)
     assert torch.equal(batch["x"], before)

@@ -70,6 +70,18 @@ class BatchNormClassifier(nn.Module):
         return {"loss": nn.functional.cross_entropy(self.layers(x), labels)}
 
 
+class Smooth(nn.Module):
+    """Of points in 6 dimensions, to 3 classes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, x, labels):
+        return {"loss": nn.functional.cross_entropy(self.layers(x), labels)}
+
+
 def points(count=16):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, 6, generator=generator)

@@ -40,10 +40,10 @@ def chosen(split: Dataset, limit: int | None) -> Dataset:
     return split.shuffle(seed=SPLIT_SEED).select(range(count))
 
 
-def require_columns(split: Dataset, **columns: str) -> None:
-    """Raise a ValueError where the data lacks a column; `columns` maps options to their values."""
+def require_columns(split: Dataset, **columns: str | None) -> None:
+    """Raise a ValueError where the data lacks a column; `columns` maps options to their values, None for no column."""
     for option, column in columns.items():
-        if column not in split.column_names:
+        if column is not None and column not in split.column_names:
             raise ValueError(f"{option} is {column!r}; the data has {', '.join(split.column_names)}.")
 
 
