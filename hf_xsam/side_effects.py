@@ -64,9 +64,15 @@ class Buffers:
 
     @classmethod
     def capture(cls, model: nn.Module) -> "Buffers":
-        """Copy the buffers of `model`."""
+        """Copy the buffers of `model`, but for quantized weights, which may be most of it and are only read."""
         held = ((module, *item) for module in model.modules() for item in module._buffers.items())
-        return cls([(module, name, buffer, buffer.clone()) for module, name, buffer in held if buffer is not None])
+        return cls(
+            [
+                (module, name, buffer, buffer.clone())
+                for module, name, buffer in held
+                if buffer is not None and not _is_quantized_weight(buffer)
+            ]
+        )
 
     def restore(self) -> None:
         """Give them their tensors and values back, whether a forward pass wrote into a tensor or put another there."""
@@ -75,6 +81,11 @@ class Buffers:
                 module._buffers[name] = buffer
                 if not _is_expanded(buffer):
                     buffer.copy_(value)
+
+
+def _is_quantized_weight(buffer: Tensor) -> bool:
+    """Return whether it looks like the weights of a layer of AWQ, GPTQ or BitNet, which keep them in buffers."""
+    return buffer.ndim > 1 and buffer.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
 def _is_expanded(tensor: Tensor) -> bool:
