@@ -155,14 +155,14 @@ def mean_over_processes(accelerator: Accelerator, tensors: list[Tensor]) -> list
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield neighbours of one dtype and device together, a bucket of at least `BUCKET_BYTES` each but for the last."""
     bucket: list[Tensor] = []
+    size = 0
     for tensor in tensors:
-        if bucket and (
-            sum(part.nbytes for part in bucket) >= BUCKET_BYTES
-            or (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)
-        ):
+        of_another_kind = bucket and (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)
+        if size >= BUCKET_BYTES or of_another_kind:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(tensor)
+        size += tensor.nbytes
     if bucket:
         yield bucket
 

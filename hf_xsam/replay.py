@@ -93,10 +93,12 @@ class Replay:
         """Leave the window's gradient in `.grad`, averaged over the processes if `synchronize`; return its loss."""
         self.model.zero_grad()
         self.buffers.restore()
+        # FSDP holds whole gradients between those that synchronize, which GradientAccumulationPlugin lets users forgo.
+        each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         losses = []
         for micro_batch in self.micro_batches:
-            last = micro_batch is self.micro_batches[-1]
-            with nullcontext() if last and synchronize else self.accelerator.no_sync(self.model):
+            synchronizes = synchronize and (each or micro_batch is self.micro_batches[-1])
+            with nullcontext() if synchronizes else self.accelerator.no_sync(self.model):
                 losses.append(self._step(self.model, micro_batch))
         return torch.stack(losses).sum()
 

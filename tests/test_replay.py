@@ -1,11 +1,14 @@
 """Steps run again: whatever a training step does, a run with rho 0 and alpha 0 is the stock Trainer's, bit for bit."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from torch import nn
 from transformers import BatchEncoding, Trainer
 
-from hf_xsam import XSAMConfig, XSAMTrainerMixin
+from hf_xsam import XSAMConfig, XSAMTrainer, XSAMTrainerMixin
+from hf_xsam.side_effects import Buffers
 
 from .helpers import PLAIN, arguments, examples_of, logs_of, run, weights_of
 from .test_trainer import Smooth, points
@@ -118,6 +121,24 @@ def test_without_perturbation_it_is_the_stock_run(build, kind, accumulation, tmp
     assert not torch.equal(weights_of(corrected.model), weights_of(stock.model))
     method = "finite_difference" if kind is CallsBackward else "exact"
     assert corrected._xsam_hvp_method == method or (kind is SkipsBatches and accumulation > 1)
+
+
+def test_micro_batches_synchronize_as_the_trainers_do(tmp_path):
+    settings = {"sync_each_batch": True}
+    for accumulation_settings, expected in ((settings, False), ({}, True)):
+        args = {"accelerator_config": {"gradient_accumulation_kwargs": accumulation_settings}}
+        trainer = XSAMTrainer(
+            Smooth(), arguments(tmp_path, gradient_accumulation_steps=2, **args), train_dataset=examples_of(points(16))
+        )
+        with patch.object(trainer.accelerator, "no_sync", wraps=trainer.accelerator.no_sync) as no_sync:
+            trainer.train()
+        assert no_sync.called == expected
+
+
+def test_quantized_weights_in_buffers_are_not_copied():
+    layer = nn.BatchNorm1d(3)
+    layer.register_buffer("qweight", torch.zeros(3, 3, dtype=torch.int32))
+    assert [name for _, name, _, _ in Buffers.capture(layer).kept] == list(layer._buffers)[:-1]
 
 
 def test_steps_without_a_gradient_are_counted_and_change_nothing(tmp_path):
