@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .config import XSAMConfig
 from .state import XSAMState
-from .tensors import is_sharded, local, norm, shard_like
+from .tensors import is_sharded, local, norm, shard_like, wide_dtype
 
 logger = get_logger(__name__)  # of the main process alone
 
@@ -143,7 +143,7 @@ def _read_vector(files: Mapping[Path, Any], parameters: Mapping[str, Tensor]) ->
     vector = {}
     for name in next(iter(files.values())).keys():  # noqa: SIM118  # no dictionary
         parameter = parameters[name]
-        whole = torch.zeros(parameter.shape, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        whole = torch.zeros(parameter.shape, dtype=wide_dtype(parameter))
         for path, file in files.items():
             part, start = file.get_tensor(name), json.loads((file.metadata() or {}).get(name, "[]"))
             place = tuple(slice(at, at + size) for at, size in zip(start, part.shape, strict=False))

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_origin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from .correction import Correction
+
 SCOPES = ("trainable", "lora", "norm")
 CONFIG_NAME = "xsam_config.json"
 NOT_WRITTEN = "XSAMTrainer writes it beside each model that it saves; for one without it, set XSAMConfig's fields."
@@ -44,7 +46,7 @@ class XSAMConfig:
             Strength of the correction, 0 to 2. At 0 no eigenvector is estimated and the run is SAM.
         correction (`str`, *optional*, defaults to `"paper"`):
             `"paper"` (Eq. 11), `"projection"` (Theorem 5.1) or `"aligned"`: see
-            [`hf_xsam.correction.corrected_gradient`].
+            [`hf_xsam.correction.correction_factors`].
         normalize_gradient (`bool`, *optional*, defaults to `True`):
             Start the correction from the perturbed gradient over its norm, as Eq. 11 does; `False` from the gradient
             as it is. Steps that are not corrected, as with alpha 0, keep its norm either way.
@@ -78,10 +80,21 @@ class XSAMConfig:
 
     rho: float = field(default=0.05, metadata={"help": "Radius of the perturbation, >= 0."})
     adaptive: bool = field(default=False, metadata={"help": "Scale the perturbation by the weights (ASAM)."})
+    rho_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps over which rho grows linearly from 0, >= 0."}
+    )
+    ascent: Literal["global", "local"] = field(
+        default="global",
+        metadata={"help": "Perturb along the gradient of all processes, or each process along its own."},
+    )
+    perturb_scope: str = field(
+        default="trainable",
+        metadata={"help": "What is perturbed: 'trainable', 'lora', 'norm', or a regular expression on names."},
+    )
     alpha: float = field(
         default=0.2, metadata={"help": "Strength of the correction along the eigenvector, 0 (plain SAM) to 2."}
     )
-    correction: Literal["paper", "projection", "aligned"] = field(
+    correction: Correction = field(
         default="paper",
         metadata={"help": "How the gradient changes along the eigenvector: Eq. 11, damped, or amplified."},
     )
@@ -94,9 +107,6 @@ class XSAMConfig:
     )
     eigen_warmup_steps: int = field(
         default=80, metadata={"help": "Optimizer steps over which the interval grows from 1 to eigen_interval, >= 0."}
-    )
-    rho_warmup_steps: int = field(
-        default=0, metadata={"help": "Optimizer steps over which rho grows linearly from 0, >= 0."}
     )
     power_iterations: int = field(default=1, metadata={"help": "Power iterations an eigenvector refresh, >= 1."})
     eigen_batch_fraction: float = field(
@@ -112,14 +122,6 @@ class XSAMConfig:
     eigen_scope: str = field(
         default="trainable",
         metadata={"help": "What the eigenvector spans: 'trainable', 'lora', 'norm', or a regular expression on names."},
-    )
-    ascent: Literal["global", "local"] = field(
-        default="global",
-        metadata={"help": "Perturb along the gradient of all processes, or each process along its own."},
-    )
-    perturb_scope: str = field(
-        default="trainable",
-        metadata={"help": "What is perturbed: 'trainable', 'lora', 'norm', or a regular expression on names."},
     )
 
     def __post_init__(self) -> None:

@@ -1,24 +1,19 @@
 """X-SAM's correction of the perturbed gradient along the Hessian's top eigenvector."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .tensors import add_scaled, dot, norm, reciprocal_or_zero, scale
+from .tensors import reciprocal_or_zero
 
 Correction = Literal["paper", "projection", "aligned"]
 
 
-def corrected_gradient(
-    gradient: Sequence[Tensor],
-    eigenvector: Sequence[Tensor],
-    alpha: float,
-    correction: Correction = "paper",
-    normalize: bool = True,
-) -> list[Tensor]:
-    """Return the descent gradient d, the perturbed gradient a with its part along v changed.
+def correction_factors(
+    length: Tensor, along: Tensor, alpha: float, correction: Correction = "paper", normalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return s and c with d = s * a + c * v, d the descent gradient: a, the gradient at w + eps, changed along v.
 
     - "paper" (X-SAM, arXiv 2601.10251, Eq. 11): d = u - alpha * abs(<u, v>) * v. It depends on the
       sign of v, which the Hessian leaves open and the warm start alone fixes.
@@ -29,31 +24,14 @@ def corrected_gradient(
     u is a / norm(a) when `normalize`, else a.
 
     Args:
-        gradient: a, the loss gradient at w + eps, one tensor a parameter.
-        eigenvector: v, shaped like `gradient`, of norm 1 over all parameters.
+        length: norm(a), 0-dimensional.
+        along: <a, v>, 0-dimensional, v the top eigenvector, of norm 1 over all parameters.
         alpha: strength of the correction; 0 leaves u.
         correction: which formula.
         normalize: whether d starts from a of norm 1 (the paper) or keeps the norm of a.
 
     Returns:
-        d, shaped like `gradient`, in float32 or wider.
-    """
-    length, along = norm(gradient), dot(gradient, eigenvector)
-    size, change = correction_factors(length, along, alpha, correction, normalize)
-    return add_scaled(scale(size, gradient), change, eigenvector)
-
-
-def correction_factors(
-    length: Tensor, along: Tensor, alpha: float, correction: Correction = "paper", normalize: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Return s and c, 0-dimensional, with d = s * a + c * v: see [`corrected_gradient`].
-
-    Args:
-        length: norm(a), 0-dimensional.
-        along: <a, v>, 0-dimensional.
-        alpha: strength of the correction.
-        correction: which formula.
-        normalize: whether d starts from a of norm 1.
+        s and c, 0-dimensional.
     """
     size = reciprocal_or_zero(length) if normalize else torch.ones_like(length)
     along = size * along

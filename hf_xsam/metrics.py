@@ -12,9 +12,11 @@ from .tensors import reciprocal_or_zero
 
 logger = logging.getLogger(__name__)
 
-# When the perturbed loss counts as far above the loss, and for how many logs before a warning.
+# How metrics end that an evaluation logs beside its results: the Trainer's, and TRL's.
+NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens")
+# When the perturbed loss counts as far above the loss, and over how many optimizer steps before a warning.
 LARGE_SHARPNESS = 0.5
-PATIENCE = 3
+PATIENCE = 20
 # How far the weights' movement may be from rho before a warning.
 ROUNDING_TOLERANCE = 0.1
 
@@ -44,6 +46,11 @@ class RunningMeans:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
+    @property
+    def steps(self) -> int:
+        """Return over how many steps the means are."""
+        return max(self.counts.values(), default=0)
+
     def take(self) -> tuple[list[str], Tensor | None]:
         """Return the names and a vector of their means, and start over; (`[]`, None) where nothing was added."""
         names = list(self.sums)
@@ -57,13 +64,13 @@ class Advice:
     """Warns, each once, of what the logs say about the settings."""
 
     config: XSAMConfig
-    logs_far_above: int = 0
+    steps_far_above: int = 0
     said_rounded: bool = False
 
-    def read(self, logs: Mapping[str, float]) -> None:
-        """Look at one line of logs, with the loss and X-SAM's metrics."""
+    def read(self, logs: Mapping[str, float], steps: int) -> None:
+        """Look at one line of logs, with the loss and X-SAM's metrics, which are means over `steps`."""
         if "xsam/sharpness" in logs:
-            self._large_rho(logs)
+            self._large_rho(logs, steps)
         if abs(logs.get("xsam/realised_perturbation", 1.0) - 1) > ROUNDING_TOLERANCE and not self.said_rounded:
             self.said_rounded = True
             logger.warning(
@@ -74,17 +81,17 @@ class Advice:
                 self.config.rho,
             )
 
-    def _large_rho(self, logs: Mapping[str, float]) -> None:
-        if self.logs_far_above == PATIENCE:
+    def _large_rho(self, logs: Mapping[str, float], steps: int) -> None:
+        if self.steps_far_above >= PATIENCE:
             return  # said already
         far_above = logs["xsam/sharpness"] > LARGE_SHARPNESS * abs(logs["loss"])
-        self.logs_far_above = self.logs_far_above + 1 if far_above else 0
-        if self.logs_far_above == PATIENCE:
+        self.steps_far_above = self.steps_far_above + steps if far_above else 0
+        if self.steps_far_above >= PATIENCE:
             logger.warning(
-                "The perturbed loss has been more than %g times the loss for %d logs in a row (last: %.3g and %.3g). "
+                "The perturbed loss has been more than %g times the loss for %d steps (last: %.3g and %.3g). "
                 "If the loss does not fall, lower rho (it is %g) or raise it slowly with rho_warmup_steps.",
                 1 + LARGE_SHARPNESS,
-                PATIENCE,
+                self.steps_far_above,
                 logs["xsam/perturbed_loss"],
                 logs["loss"],
                 self.config.rho,

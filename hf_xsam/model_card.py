@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
 from .config import CONFIG_NAME, XSAMConfig
+from .metrics import NOT_RESULTS
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -28,7 +29,6 @@ FIGURES = {
     "xsam/sharpness": "sharpness, perturbed loss - loss",
     "xsam/perturbed_loss": "perturbed loss",
 }
-SPEED = ("runtime", "samples_per_second", "steps_per_second")
 
 CITATIONS = """\
 ```bibtex
@@ -99,7 +99,7 @@ def evaluations(history: Logs) -> dict[str, dict[str, float]]:
     for line in history:
         for split in [name.removesuffix("_runtime") for name in line if name.endswith("_runtime")]:
             metrics = {name.removeprefix(f"{split}_"): x for name, x in line.items() if name.startswith(f"{split}_")}
-            found[split] = {name: x for name, x in metrics.items() if name not in SPEED}
+            found[split] = {name: x for name, x in metrics.items() if not name.endswith(NOT_RESULTS)}
     found.pop("train", None)  # means over the run, which the stock card has
     return found
 
@@ -174,9 +174,8 @@ def sharpness_rows(history: Logs) -> list[tuple[str, ...]]:
     rows = []
     for name, title in FIGURES.items():
         if values := [line[name] for line in history if name in line]:
-            finite = [
-                x for x in values if math.isfinite(x)
-            ] or values  # a step that overflowed has no part in the range
+            # A step that overflowed has no part in the range.
+            finite = [x for x in values if math.isfinite(x)] or values
             rows.append((title, *map(_number, (values[0], values[-1], min(finite), max(finite)))))
     return rows
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import TRAINER_STATE_NAME, checkpoints_in
+from .metrics import NOT_RESULTS
 from .sharpness import FILE_NAME
 
-NOT_RESULTS = ("_runtime", "_per_second", "_preparation_time", "_num_tokens")
 MEASURED = "measured"
 ESTIMATED = "X-SAM's estimate"
 STEP = "optimizer step"

@@ -15,8 +15,8 @@ class XSAMState:
 
     Attributes:
         eigenvector: parameter name to tensor, jointly of norm 1, float32 or wider; None before the first
-            refresh. Sharded as the parameters are. One set before `train()` is the warm start of the first
-            refresh: of any norm, whole tensors.
+            refresh. Sharded as the parameters are. One set in a fresh state, before `train()`, is the warm start of
+            the first refresh: of any norm, whole tensors.
         eigenvalue: Rayleigh quotient of the last refresh, 0-dimensional, in units of loss per squared weight;
             None before it.
         shift: spectral shift of the power iteration, 0-dimensional and at most 0: see

@@ -75,7 +75,8 @@ class XSAMTrainerMixin(_Trainer):
         self._xsam_metrics, self._xsam_advice = RunningMeans(), Advice(self.xsam_config)
         self._xsam_hvp_method: str | None = None  # chosen at the first product, which shows what the model allows
         refuse_unsupported(self, self.xsam_config)
-        self._perturbed_parameters(), self._eigen_parameters()  # a scope that matches nothing is refused now
+        for field in ("perturb_scope", "eigen_scope"):
+            self._parameters_in(field)  # a scope that matches nothing is refused now
         if self.args.push_to_hub:
             self.add_callback(PushCallback(self))
 
@@ -101,6 +102,7 @@ class XSAMTrainerMixin(_Trainer):
                 with self._side_effects_undone(model):
                     self._sharpness_aware_gradient(replay)
                 self._xsam_window = []
+                del self._xsam_buffers  # a copy that the next window does not need
                 self.xsam_state.step = self.state.global_step + 1
         except BaseException:
             self._xsam_window = []
@@ -126,17 +128,18 @@ class XSAMTrainerMixin(_Trainer):
     def _sharpness_aware_gradient(self, replay: Replay) -> None:
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
         config, step = self.xsam_config, self.state.global_step
-        trainable = self._trainable_parameters()
+        trainable = trainable_parameters(self._unwrapped_model())
         if self._nothing_learnt(trainable):
             self.xsam_state.skipped_steps += 1
             return
-        weights = list(self._perturbed_parameters().values())
+        weights = list(self._parameters_in("perturb_scope").values())
         gradient = gradients(weights)
         unscaled, rho = 1 / loss_scale(self.accelerator), config.rho_at(step)
         loss = torch.stack([micro_batch.loss for micro_batch in replay.micro_batches]).sum()
         metrics = {"gradient_norm": norm(gradients(list(with_gradient(trainable).values()))) * unscaled}
 
-        refreshed = not config.refreshes_at(step, self.xsam_state.refreshed_at) or self._refresh_eigenvector(replay)
+        refresh_is_due = config.refreshes_at(step, self.xsam_state.refreshed_at)
+        refresh_failed = refresh_is_due and not self._refresh_eigenvector(replay)
         with perturbed(weights, ascent_perturbation(weights, gradient, rho, config.adaptive)) as realised:
             del gradient  # its memory goes to the replay's
             metrics["perturbed_loss"] = replay.run()
@@ -149,7 +152,7 @@ class XSAMTrainerMixin(_Trainer):
         gradient = gradients(list(parameters.values()))
         length = norm(gradient)
         metrics["perturbed_gradient_norm"] = length * unscaled
-        scaler_skips = not refreshed and self.accelerator.scaler is not None
+        scaler_skips = refresh_failed and self.accelerator.scaler is not None
         if scaler_skips or not all_finite(self.accelerator, metrics.values()):
             leave_harmless_gradient(replay, list(trainable.values()))
             self.xsam_state.skipped_steps += 1
@@ -177,7 +180,7 @@ class XSAMTrainerMixin(_Trainer):
         Returns:
             Whether all was finite; if not, the state is left as it was and the next step tries again.
         """
-        state, scope = self.xsam_state, self._eigen_parameters()
+        state, scope = self.xsam_state, self._parameters_in("eigen_scope")
         parameters = list(scope.values())
         gradient = gradients(parameters)
         if not all_finite(self.accelerator, [norm(gradient)]):
@@ -234,7 +237,7 @@ class XSAMTrainerMixin(_Trainer):
             raise ValueError(f"iterations is {iterations}; it must be at least 1.")
         model = self._unwrapped_model()
         reshard(model)
-        scope = self._eigen_parameters()
+        scope = self._parameters_in("eigen_scope")
         parameters = list(scope.values())
 
         def loss_on(batch: Mapping[str, Any]) -> Tensor:
@@ -281,13 +284,14 @@ class XSAMTrainerMixin(_Trainer):
         """Log X-SAM's metrics, averaged as the loss is, beside the training loss."""
         if "loss" in logs:
             logs["xsam/skipped_steps"] = self.xsam_state.skipped_steps
+            steps = self._xsam_metrics.steps
             names, means = self._xsam_metrics.take()
             if means is not None:
                 if self.accelerator.num_processes > 1:
                     means = self.accelerator.reduce(means, reduction="mean")
                 logs.update(zip(names, means.tolist(), strict=True))
             if self.is_world_process_zero():
-                self._xsam_advice.read(logs)
+                self._xsam_advice.read(logs, steps)
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -316,15 +320,6 @@ class XSAMTrainerMixin(_Trainer):
 
     def _unwrapped_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    def _trainable_parameters(self) -> dict[str, nn.Parameter]:
-        return trainable_parameters(self._unwrapped_model())
-
-    def _perturbed_parameters(self) -> dict[str, nn.Parameter]:
-        return self._parameters_in("perturb_scope")
-
-    def _eigen_parameters(self) -> dict[str, nn.Parameter]:
-        return self._parameters_in("eigen_scope")
 
     def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
         model = self._unwrapped_model()

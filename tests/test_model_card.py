@@ -27,7 +27,7 @@ HISTORY = [
     {"step": 20, "eval_mm_loss": 0.6, "eval_mm_accuracy": 0.5, "eval_mm_runtime": 1.0, "eval_mm_steps_per_second": 2.0},
     {"step": 30, "loss": 0.4, "xsam/sharpness": 0.2, "xsam/perturbed_loss": 0.6, "xsam/eigenvalue": 3.0},
     {"step": 30, "eval_mm_loss": 0.5, "eval_mm_accuracy": 0.9, "eval_mm_runtime": 1.0},
-    {"step": 30, "test_loss": 0.55, "test_runtime": 1.0},
+    {"step": 30, "test_loss": 0.55, "test_runtime": 1.0, "test_model_preparation_time": 0.1, "test_num_tokens": 9},
     {"step": 30, "train_runtime": 9.0, "train_loss": 0.53},
 ]
 

@@ -494,20 +494,24 @@ class TestTrainerFeatures:
         assert 0 < sharpness[1] < sharpness[3]
 
     def test_a_large_rho_is_named_once(self, tmp_path, caplog):
-        run(bert(), sentences(), tmp_path, XSAMConfig(rho=20.0, alpha=0.0))
+        run(bert(), sentences(), tmp_path, XSAMConfig(rho=20.0, alpha=0.0), max_steps=45, logging_steps=5)
         warnings = [record.getMessage() for record in caplog.records if "lower rho (it is 20)" in record.getMessage()]
         assert len(warnings) == 1
 
     def test_only_a_large_rho_is_named(self, caplog):
         advice = Advice(XSAMConfig(rho=0.3))
-        # Of the loss, 2: not large, then twice and not the third time, then three times in a row, and more.
+        # Of the loss, 2: not large, then for 16 steps and not for the next, then for 16 steps, and more.
         for sharpness in (0.9, 0.9, 0.9, 1.1, 1.1, 0.9, 1.1, 1.1):
-            advice.read({"loss": 2.0, "xsam/sharpness": sharpness, "xsam/perturbed_loss": 2 + sharpness})
+            advice.read({"loss": 2.0, "xsam/sharpness": sharpness, "xsam/perturbed_loss": 2 + sharpness}, 8)
             assert not caplog.records
         for _ in range(5):
-            advice.read({"loss": 2.0, "xsam/sharpness": 1.1, "xsam/perturbed_loss": 3.1})
+            advice.read({"loss": 2.0, "xsam/sharpness": 1.1, "xsam/perturbed_loss": 3.1}, 8)
         (record,) = caplog.records
-        assert "more than 1.5 times the loss for 3 logs in a row (last: 3.1 and 2)" in record.getMessage()
+        assert "more than 1.5 times the loss for 24 steps (last: 3.1 and 2)" in record.getMessage()
+
+    def test_a_large_rho_is_named_in_the_first_log_of_many_steps(self, caplog):
+        Advice(XSAMConfig(rho=0.3)).read({"loss": 2.0, "xsam/sharpness": 1.1, "xsam/perturbed_loss": 3.1}, 500)
+        assert "for 500 steps" in caplog.text
 
 
 class TestGradScaler:
