@@ -109,6 +109,7 @@ class XSAMCallback(TrainerCallback):
         """Measure the model that is left, unless it is the one that the last step left."""
         if self._measured_at != state.global_step or args.load_best_model_at_end:
             self._measure_and_log()
+        self._measured_at = None  # a second training may end at the same step
 
     def _measure_and_log(self) -> None:
         trainer = self._trainer

@@ -94,7 +94,7 @@ class Landscape:
         """Return L(w + t * direction) for each distance t; the weights are put back exactly."""
         losses = []
         for distance in distances:
-            with perturbed(self._parameters, scale(torch.tensor(distance), direction)):
+            with perturbed(self._parameters, [distance * x for x in direction]):
                 losses.append(self.loss())
         return Slice([float(distance) for distance in distances], losses)
 
@@ -145,8 +145,7 @@ def angle_degrees(gradient: Sequence[Tensor], eigenvector: Sequence[Tensor]) -> 
 
 def uphill(eigenvector: Sequence[Tensor], gradient: Sequence[Tensor]) -> list[Tensor]:
     """Return v or -v, the one along which the loss rises."""
-    sign = -1.0 if dot(gradient, eigenvector) < 0 else 1.0
-    return scale(torch.tensor(sign), eigenvector)
+    return [-x for x in eigenvector] if dot(gradient, eigenvector) < 0 else list(eigenvector)
 
 
 @contextmanager

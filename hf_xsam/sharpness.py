@@ -164,13 +164,11 @@ def measure(
                 trace = hutchinson_trace(product, parameters, trace_samples, seed, *known) if trace_samples else None
             bar.set_description_str("sharpness")
             sam_sharpness = {rho: landscape.perturbed_loss(gradient, rho) - loss for rho in rhos}
-            bar.set_description_str("slices")
-            directions = {
-                "eigenvector": uphill(vectors[0], gradient),
-                "gradient": scale(reciprocal_or_zero(length), gradient),
-            }
-            directions = directions if len(distances) else {}
-            slices = {name: landscape.slice_along(along, distances) for name, along in directions.items()}
+            slices = {}
+            if len(distances):
+                bar.set_description_str("slices")
+                slices["eigenvector"] = landscape.slice_along(uphill(vectors[0], gradient), distances)
+                slices["gradient"] = landscape.slice_along(scale(reciprocal_or_zero(length), gradient), distances)
         settings = {
             "batches": landscape.batches,
             "targets": landscape.targets,

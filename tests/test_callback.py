@@ -148,6 +148,8 @@ def test_a_run_that_stops_early_is_measured_where_it_stops(tmp_path):
 
     trainer = train(tmp_path, callback={"samples": 8}, others=[Stop()])
     assert [log["step"] for log in measured(trainer)] == [3]
+    trainer.train()
+    assert [log["step"] for log in measured(trainer)] == [3]
 
 
 def test_unused_columns_and_a_dataset_of_its_own(tmp_path):
