@@ -15,6 +15,7 @@ from transformers import (
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .checkpoint import checkpoints_in
+from .support import first_line
 
 Task = Literal["text-classification", "image-classification", "text-generation"]
 
@@ -98,8 +99,9 @@ def _config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         if not os.path.isdir(name):
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{name!r} is no folder here, and no model that the hub gives us ({reason}).") from error
+            raise ValueError(
+                f"{name!r} is no folder here, and no model that the hub gives us ({first_line(error)})."
+            ) from error
         checkpoints = [path.name for path in checkpoints_in(name)]
         instead = f"Measure one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else ""
         raise ValueError(f"The folder {name!r} holds no saved model or adapter. {instead}".rstrip()) from error

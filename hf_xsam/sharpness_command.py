@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .saved_model import SavedModel
-from .sharpness import FILE_NAME, Sharpness, measure
+from .sharpness import FILE_NAME, Sharpness, measure, refuse_settings
 from .sharpness_data import load_split, prepare
+from .support import first_line
 
 DATA_OPTIONS = (
     "dataset",
@@ -84,6 +85,8 @@ class SharpnessArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.slice_points < 0:
             raise ValueError(f"slice_points is {self.slice_points}; it must be at least 0.")
+        # Before model and data are loaded.
+        refuse_settings(self.top_k, self.trace_samples, self.rhos, self.eigen_scope, self.hvp, self.tolerance)
 
 
 def run(arguments: SharpnessArguments) -> None:
@@ -133,7 +136,7 @@ def find_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (AssertionError, RuntimeError) as error:  # the former from a torch without CUDA
-        raise ValueError(f"device is {name!r}, which torch cannot use: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device is {name!r}, which torch cannot use: {first_line(error)}") from error
 
 
 def print_table(sharpness: Sharpness) -> None:

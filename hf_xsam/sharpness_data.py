@@ -21,6 +21,7 @@ from transformers import (
 from .data.encoding import encode_images, encode_language, encode_texts
 from .data.splits import FILE_KINDS, chosen, label_names, load_files, require_columns, with_validation
 from .saved_model import SavedModel
+from .support import first_line
 
 if TYPE_CHECKING:
     from .sharpness_command import SharpnessArguments
@@ -81,8 +82,9 @@ def prepare_texts(saved: SavedModel, split: Dataset, arguments: "SharpnessArgume
         max_length=arguments.max_length,
     )
     sample = chosen(split, arguments.samples).map(encode, batched=True, remove_columns=split.column_names)
+    model = load_classifier(saved, number_of)
     # By the padding token, language models know where a text ends.
-    model = load_classifier(saved, number_of, pad_token_id=tokenizer.pad_token_id)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, DataLoader(sample, arguments.batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
 
 
@@ -144,11 +146,11 @@ def class_numbers(split: Dataset, column: str, saved: SavedModel) -> dict[Any, i
     return number_of
 
 
-def load_classifier(saved: SavedModel, number_of: Mapping[Any, int], **settings: Any) -> nn.Module:
+def load_classifier(saved: SavedModel, number_of: Mapping[Any, int]) -> Any:
     """Return a classifier; an adapter's base model gets a head for the data's classes, which the adapter fills."""
-    if saved.base is not None:
-        settings |= {"num_labels": len(number_of), "ignore_mismatched_sizes": True}
-    return saved.load(**settings)
+    if saved.base is None:
+        return saved.load()
+    return saved.load(num_labels=len(number_of), ignore_mismatched_sizes=True)
 
 
 def load_tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase:
@@ -164,7 +166,7 @@ def _loaded(name: str, load: Any) -> DatasetDict:
         return load()
     except (DatasetsError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"dataset is {name!r}, which cannot be loaded ({str(error).splitlines()[0]}). It must be "
+            f"dataset is {name!r}, which cannot be loaded ({first_line(error)}). It must be "
             f"{', '.join(EMBEDDED)}, a {', '.join(FILE_KINDS)} file, or a data set on the hub."
         ) from error
 
@@ -176,7 +178,7 @@ def _from_either(kind: Any, saved: SavedModel, what: str) -> Any:
         try:
             return kind.from_pretrained(name)
         except (OSError, ValueError) as error:
-            reasons.append(str(error).splitlines()[0])
+            reasons.append(first_line(error))
     raise ValueError(
         f"{saved.name!r} has no {what} that loads ({'; '.join(reasons)}): save it into the same folder with "
         "save_pretrained."

@@ -171,12 +171,17 @@ def double_backward_obstacle(loss: Tensor, parameters: Sequence[Tensor]) -> str 
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     # Seen with layer norms of float16 weights, whose second derivative has the third power of 1 / deviation. Where the
     # first one is not finite either, it says nothing.
     if _finite(gradient) and not _finite(second):
         return f"the second derivative overflows in {curved[0].dtype}"
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _finite(tensors: Sequence[Tensor | None]) -> bool:

@@ -19,6 +19,8 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     DataCollatorWithPadding,
+    Gemma3Config,
+    Gemma3ForSequenceClassification,
 )
 
 from hf_xsam import cli
@@ -92,6 +94,18 @@ def test_classes_are_matched_by_name_else_in_order_and_said_so(tmp_path, reviews
         said = "it takes no as good, yes as bad." in capsys.readouterr().out
         assert said == (name == "other")
     assert losses["same"] == losses["case"] != losses["other"]
+
+
+def test_a_classifier_whose_config_names_no_padding_token(tmp_path, reviews):
+    """Gemma 3's has one in its text_config alone."""
+    save_tiny_classifier(tmp_path / "model")  # for its tokenizer
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    text = {"vocab_size": 18, "num_key_value_heads": 1, "head_dim": 8, **sizes}
+    vision = {"image_size": 28, "patch_size": 14, **sizes}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, num_labels=2)
+    assert not hasattr(config, "pad_token_id")
+    Gemma3ForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    assert measured(tmp_path / "model", reviews, "--eigen_scope", "score")["settings"]["targets"] == 12
 
 
 def test_any_split_of_a_folder_of_data(tmp_path, reviews):
@@ -244,6 +258,7 @@ def test_models_that_do_not_fit_are_named(tmp_path, reviews, capsys):
         (["--device", "abacus"], "device is 'abacus', which torch cannot use"),
         (["--samples", "0"], "samples is 0; it must be at least 1"),
         (["--eigen_scope", "lora"], "eigen_scope is 'lora', which matches no trainable parameter"),
+        (["--top_k", "0", "--dataset", "nowhere.csv"], "top_k is 0; it must be at least 1"),
         (["--slice_points", "-1"], "slice_points is -1; it must be at least 0"),
         (["--tolerance", "nan"], "tolerance is nan; it must be at least 0"),
         (["--rhos", "-1"], r"rhos are \[-1\.0\]; they must be above 0"),
