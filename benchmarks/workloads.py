@@ -104,7 +104,7 @@ class ConvNet(nn.Module):
 def bert() -> Workload:
     """Return all-MiniLM-L6-v2 with a fresh head on sentences of movie reviews."""
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-    train = load_movie_reviews(SEED)["train"]
+    train = load_movie_reviews()["train"]
 
     def encode(rows: dict) -> dict:
         return {**tokenizer(rows["text"], truncation=True, max_length=32), "labels": rows["label"]}
@@ -158,7 +158,7 @@ def llama() -> Workload:
     """Return SmolLM2-135M-Instruct with LoRA on packed sentences of movie reviews."""
     recipe = CausalArguments(use_peft=True, lora_r=8, lora_alpha=16, max_length=64, packing=True)
     _, tokenizer = load_model(recipe)
-    train = load_movie_reviews(SEED)["train"].select(range(1500)).remove_columns("label")
+    train = load_movie_reviews()["train"].select(range(1500)).remove_columns("label")
     options = {"tokenizer": tokenizer, "columns": ("text",), "max_length": None}
     train = train.map(encode_language, fn_kwargs=options, batched=True, remove_columns="text")
     train = train.map(pack, fn_kwargs={"length": recipe.max_length}, batched=True)

@@ -13,12 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, Trainer
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.data.splits import chosen, load_files, with_validation
+from hf_xsam.metrics import NOT_RESULTS
 
 logger = logging.getLogger(__name__)
-
-NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 
 
 @dataclass
@@ -85,7 +89,10 @@ def limited(splits: DatasetDict, recipe: RecipeArguments) -> DatasetDict:
 
 def without_hidden_labels(splits: DatasetDict, column: str, number_of: dict) -> DatasetDict:
     """Leave out a test split with values that no class has: the hub's benchmarks keep its labels to themselves."""
-    if "test" in splits and not number_of.keys() >= set(splits["test"].unique(column)):
+    if "test" in splits and (hidden := set(splits["test"].unique(column)) - number_of.keys()):
+        logger.warning(
+            "The test split is left out: its %s has %s, which is no class of the training data.", column, hidden
+        )
         return DatasetDict({name: split for name, split in splits.items() if name != "test"})
     return splits
 
@@ -112,13 +119,17 @@ def train_and_report(
     `data` names the data of a run without a data set or file of the user's; `card` is what the trainer's model card
     takes.
     """
-    trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    resume = trainer.args.resume_from_checkpoint
+    if str(resume).lower() == "true":  # as the command line gives it, where a folder's name may stand too
+        resume = True
+    trained = trainer.train(resume_from_checkpoint=resume).metrics
     metrics = {"train_loss": trained["train_loss"], "train_runtime": trained["train_runtime"]}
-    metrics["peak_memory_gib"] = peak_memory_gib()
+    if resource is not None:
+        metrics["peak_main_memory_gib"] = peak_main_memory_gib()
     for split, prefix in (("validation", "eval"), ("test", "test")):
         if split in splits:
             for name, value in trainer.evaluate(splits[split], metric_key_prefix=prefix).items():
-                if not name.endswith(NOT_RESULTS):
+                if not name.endswith((*NOT_RESULTS, "epoch")):
                     # TRL's own metrics are called eval_... whatever the prefix.
                     metrics[f"{prefix}_{name.removeprefix(f'{prefix}_').removeprefix('eval_')}"] = value
     if recipe.eigenvalue_samples:
@@ -139,10 +150,8 @@ def train_and_report(
     return metrics
 
 
-def peak_memory_gib() -> float:
+def peak_main_memory_gib() -> float:
     """Return the most main memory that this process has held so far."""
-    import resource  # which Windows lacks
-
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model = AutoModelForSequenceClassification.from_pretrained(
         model_name,
         dtype="float32",
+        ignore_mismatched_sizes=True,  # a classifier of other classes gets a new head
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
     )

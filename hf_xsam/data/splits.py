@@ -30,7 +30,7 @@ def with_validation(splits: DatasetDict) -> DatasetDict:
     """Return the splits train, validation and test, as far as there are any; validation is 10% of train if need be."""
     if "validation" not in splits and "train" in splits:
         halves = splits["train"].train_test_split(test_size=0.1, seed=SPLIT_SEED)
-        splits["train"], splits["validation"] = halves["train"], halves["test"]
+        splits = DatasetDict({**splits, "train": halves["train"], "validation": halves["test"]})
     return DatasetDict({name: splits[name] for name in ("train", "validation", "test") if name in splits})
 
 

@@ -7,6 +7,7 @@ import causal_lm
 import embedded
 import pytest
 import sft
+from huggingface_hub import constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -109,7 +110,7 @@ def test_a_pushed_model_has_its_card(model_and_data, recipe, monkeypatch):
 
 
 def test_no_network_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     monkeypatch.setenv("PIP_RETRIES", "0")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import text_classification
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from hf_xsam import XSAMTrainer
@@ -126,6 +127,38 @@ def test_wrong_columns_and_files_are_named(model_and_data):
         text_classification.main(flags(model_and_data | {"train_file": "data.txt"}))
 
 
+def test_labels_of_held_out_data_that_are_no_class(model_and_data, tmp_path, caplog):
+    (tmp_path / "other.csv").write_text("review,verdict\ngood film,Yes\n")
+    short = {"max_steps": "1", "eigenvalue_samples": "0", "test_file": str(tmp_path / "other.csv")}
+    metrics = text_classification.main(flags(model_and_data | short))
+    assert not any(name.startswith("test_") for name in metrics)
+    assert "The test split is left out: its verdict has {'Yes'}, which is no class" in caplog.text
+    with pytest.raises(ValueError, match="Column 'verdict' holds 'Yes', which is no class of the training data"):
+        text_classification.main(flags(model_and_data | {"validation_file": str(tmp_path / "other.csv")}))
+
+
+def test_a_classifier_of_other_classes_gets_a_new_head(model_and_data):
+    folder = model_and_data["model_name_or_path"]
+    BertForSequenceClassification(BertConfig.from_pretrained(folder, num_labels=3)).save_pretrained(folder)
+    text_classification.main(flags(model_and_data | {"max_steps": "1", "eigenvalue_samples": "0"}))
+    assert BertForSequenceClassification.from_pretrained(model_and_data["output_dir"]).config.num_labels == 2
+
+
+@pytest.mark.parametrize("mode", ["trainer", "xsam"])
+def test_an_interrupted_run_goes_on(model_and_data, mode):
+    options = {"save_strategy": "steps", "save_steps": "2", "eigenvalue_samples": "0", "optimizer_mode": mode}
+    text_classification.main(flags(model_and_data | options | {"max_steps": "4"}))
+    output = Path(model_and_data["output_dir"])
+    whole = (output / "model.safetensors").read_bytes()
+    shutil.rmtree(output / "checkpoint-4")
+    for resume in ("true", str(output / "checkpoint-2")):
+        (output / "model.safetensors").unlink()
+        text_classification.main(flags(model_and_data | options | {"max_steps": "4", "resume_from_checkpoint": resume}))
+        assert (output / "model.safetensors").read_bytes() == whole
+        assert json.loads((output / "trainer_state.json").read_text())["global_step"] == 4
+        shutil.rmtree(output / "checkpoint-4")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_accelerate_launch(model_and_data, hub, processes):
     # With --cpu, accelerate would leave the second process to mpirun; without it, --use_cpu keeps the GPUs out.
@@ -146,7 +179,7 @@ def test_accelerate_launch(model_and_data, hub, processes):
 
 
 def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     path = movie_reviews.cached_archive()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"damaged")
@@ -155,7 +188,7 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
 
 
 def test_no_network_is_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     monkeypatch.setenv("PIP_RETRIES", "0")
