@@ -33,7 +33,7 @@ from .replay import (
 from .scope import in_scope, parameters_in_scope, trainable_parameters
 from .side_effects import Buffers, RandomState, devices_of, logs_dropped, side_effects_undone
 from .state import XSAMState
-from .support import obstacle_in_arguments, refuse_optimizer, refuse_unsupported
+from .support import StepsCheck, obstacle_in_arguments, refuse_optimizer, refuse_unsupported
 from .tensors import dot, is_sharded, norm, set_to_combination
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class XSAMTrainerMixin(_Trainer):
         refuse_unsupported(self, self.xsam_config)
         for field in ("perturb_scope", "eigen_scope"):
             self._parameters_in(field)  # a scope that matches nothing is refused now
+        self.add_callback(StepsCheck(self))
         if self.args.push_to_hub:
             self.add_callback(PushCallback(self))
 
