@@ -161,15 +161,14 @@ class Claim(NamedTuple):
 
 ALIGNED = ("aligned_0.5", "aligned_1", "aligned_2")
 PAPER = ("paper", "paper_norm_kept")
+CORRECTED = (*PAPER, "projection", *ALIGNED)
 CLAIMS = [
     Claim(
         "X-SAM as in the paper lowers the top eigenvalue against SAM, at equal steps",
         [(mode, "sam") for mode in PAPER],
         True,
     ),
-    Claim(
-        "X-SAM improves the test metric against SAM, at equal steps", [(mode, "sam") for mode in PAPER + ALIGNED], False
-    ),
+    Claim("X-SAM improves the test metric against SAM, at equal steps", [(mode, "sam") for mode in CORRECTED], False),
     Claim(
         "`aligned` lowers the top eigenvalue more than the paper's correction",
         [(mode, other) for mode in ALIGNED for other in PAPER],
@@ -177,7 +176,7 @@ CLAIMS = [
     ),
     Claim(
         "X-SAM improves the test metric at equal cost, against the longer runs of SAM and the stock optimizer",
-        [(mode, other) for mode in PAPER + ALIGNED for other in ("sam_long", "stock_long")],
+        [(mode, other) for mode in CORRECTED for other in ("sam_long", "stock_long")],
         False,
     ),
 ]
