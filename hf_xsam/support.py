@@ -1,20 +1,18 @@
 """What X-SAM cannot work with, found out before it goes wrong silently."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import CPUOffloadPolicy
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 
     from .config import XSAMConfig
-    from .trainer import XSAMTrainerMixin
 
 # bitsandbytes' 4-bit and 8-bit layers: their backward passes multiply by the weights, in operations that autograd sees.
 TWICE_DIFFERENTIABLE = ("MatMul4BitBackward", "MatMul8bitFpBackward", "MatMul8bitLtBackward")
@@ -64,23 +62,6 @@ def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
     if trainer.is_fsdp_enabled:
         _refuse_under_fsdp(trainer, config)
     _refuse_unsupported_trl(trainer)
-
-
-class StepsCheck(TrainerCallback):
-    """Ends a training whose gradients are not X-SAM's, before the first of them is used."""
-
-    def __init__(self, trainer: "XSAMTrainerMixin") -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Raise where a subclass has left X-SAM's `training_step` out."""
-        if self._trainer.xsam_state.step != state.global_step + 1:
-            raise RuntimeError(
-                f"{type(self._trainer).__name__}'s training_step did not call X-SAM's. Call super().training_step in "
-                "it, or put the mixin in front: class MyXSAMTrainer(XSAMTrainerMixin, MyTrainer)."
-            )
 
 
 def _refuse_under_fsdp(trainer: "Trainer", config: "XSAMConfig") -> None:

@@ -33,7 +33,7 @@ from .replay import (
 from .scope import in_scope, parameters_in_scope, trainable_parameters
 from .side_effects import Buffers, RandomState, devices_of, logs_dropped, side_effects_undone
 from .state import XSAMState
-from .support import StepsCheck, obstacle_in_arguments, refuse_optimizer, refuse_unsupported
+from .support import obstacle_in_arguments, refuse_optimizer, refuse_unsupported
 from .tensors import dot, is_sharded, norm, set_to_combination
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ class XSAMTrainerMixin(_Trainer):
         refuse_unsupported(self, self.xsam_config)
         for field in ("perturb_scope", "eigen_scope"):
             self._parameters_in(field)  # a scope that matches nothing is refused now
-        self.add_callback(StepsCheck(self))
         if self.args.push_to_hub:
             self.add_callback(PushCallback(self))
 
@@ -282,8 +281,17 @@ class XSAMTrainerMixin(_Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log X-SAM's metrics, averaged as the loss is, beside the training loss."""
+        """Log X-SAM's metrics, averaged as the loss is, beside the training loss.
+
+        Raises:
+            RuntimeError: where steps were taken and no `training_step` of X-SAM's, for a subclass has left it out.
+        """
         if "loss" in logs:
+            if self.xsam_state.step < self.state.global_step:
+                raise RuntimeError(
+                    f"{type(self).__name__}'s training_step did not call X-SAM's. Call super().training_step in it, or "
+                    "put the mixin in front: class MyXSAMTrainer(XSAMTrainerMixin, MyTrainer)."
+                )
             logs["xsam/skipped_steps"] = self.xsam_state.skipped_steps
             steps = self._xsam_metrics.steps
             names, means = self._xsam_metrics.take()
