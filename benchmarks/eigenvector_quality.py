@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from workloads import SEED, Workload
 
 from hf_xsam import XSAMConfig
+from hf_xsam.functional.tensors import dot
 from hf_xsam.sharpness import Sharpness, measure
-from hf_xsam.tensors import dot
 
 # The correction vanishes in float32, so that all estimates watch the same run: SAM's.
 NO_CORRECTION = {"alpha": 1e-300, "correction": "projection", "normalize_gradient": False}

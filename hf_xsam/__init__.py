@@ -1,7 +1,7 @@
 """X-SAM (arXiv 2601.10251), sharpness-aware minimization along the Hessian's top eigenvector, for `Trainer`."""
 
-from .callback import XSAMCallback
 from .config import XSAMConfig
+from .sharpness.callback import XSAMCallback
 from .state import XSAMState
 from .trainer import XSAMSeq2SeqTrainer, XSAMTrainer, XSAMTrainerMixin
 

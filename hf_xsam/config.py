@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from .correction import Correction
+from .functional.correction import Correction
 
 SCOPES = ("trainable", "lora", "norm")
 CONFIG_NAME = "xsam_config.json"
@@ -46,7 +46,7 @@ class XSAMConfig:
             Strength of the correction, 0 to 2. At 0 no eigenvector is estimated and the run is SAM.
         correction (`str`, *optional*, defaults to `"paper"`):
             `"paper"` (Eq. 11), `"projection"` (Theorem 5.1) or `"aligned"`: see
-            [`hf_xsam.correction.correction_factors`].
+            [`hf_xsam.functional.correction.correction_factors`].
         normalize_gradient (`bool`, *optional*, defaults to `True`):
             Start the correction from the perturbed gradient over its norm, as Eq. 11 does; `False` from the gradient
             as it is. Steps that are not corrected, as with alpha 0, keep its norm either way.
@@ -66,7 +66,8 @@ class XSAMConfig:
             of as many micro-batches as it takes. Finite differences take all, whose gradient is known.
         eigen_momentum (`float`, *optional*, defaults to 0.3):
             Weight of the old eigenvector in each power iteration, from 0 to below 1, which averages over the batches
-            of several refreshes: see [`hf_xsam.eigenvector.power_iteration`]. It grows with the interval.
+            of several refreshes. It grows with the interval: see
+            [`hf_xsam.functional.power_iteration.power_iteration`].
         hvp (`str`, *optional*, defaults to `"auto"`):
             How Hessian-vector products are computed: `"exact"` (double backward), `"finite_difference"`,
             or `"auto"`, exact wherever the model's operations allow it.

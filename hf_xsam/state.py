@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .tensors import is_sharded, norm, reciprocal_or_zero, scale, shard_like, wide_dtype
+from .functional.tensors import is_sharded, norm, reciprocal_or_zero, scale, shard_like, wide_dtype
 
 
 @dataclass
@@ -20,7 +20,7 @@ class XSAMState:
         eigenvalue: Rayleigh quotient of the last refresh, 0-dimensional, in units of loss per squared weight;
             None before it.
         shift: spectral shift of the power iteration, 0-dimensional and at most 0: see
-            [`hf_xsam.eigenvector.power_iteration`].
+            [`hf_xsam.functional.power_iteration.power_iteration`].
         step: optimizer steps taken, skipped ones included.
         refreshed_at: optimizer step of the last refresh; None before it.
         skipped_steps: steps that were not X-SAM's because a gradient was not finite, or there was none.

@@ -10,17 +10,20 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
-from .checkpoint import last_complete_checkpoint, load_state, save_state
 from .config import XSAMConfig
-from .correction import correction_factors
-from .eigenvector import first_vector, power_iteration, random_unit_vector
-from .hessian import Loss, choose_method, hessian_vector_product, mean_loss
-from .hub import PushCallback, refusal_explained
-from .metrics import Advice, RunningMeans, alignment
-from .model_card import complete_model_card, prepare_adapter_card
-from .perturbation import ascent_perturbation, perturbed
-from .precision import all_finite, holds_everywhere, leave_harmless_gradient, loss_scale
-from .replay import (
+from .functional.correction import correction_factors
+from .functional.perturbation import ascent_perturbation, perturbed
+from .functional.power_iteration import first_vector, power_iteration, random_unit_vector
+from .functional.tensors import dot, is_sharded, norm, set_to_combination
+from .saving.checkpoint import last_complete_checkpoint, load_state, save_state
+from .saving.hub import PushCallback, refusal_explained
+from .saving.model_card import complete_model_card, prepare_adapter_card
+from .state import XSAMState
+from .step.curvature import Loss, choose_method, hessian_vector_product, mean_loss
+from .step.logs import Advice, RunningMeans, alignment
+from .step.precision import all_finite, holds_everywhere, leave_harmless_gradient, loss_scale
+from .step.refusals import obstacle_in_arguments, refuse_optimizer, refuse_unsupported
+from .step.replay import (
     MicroBatch,
     Replay,
     copied,
@@ -30,11 +33,8 @@ from .replay import (
     reshard,
     with_gradient,
 )
-from .scope import in_scope, parameters_in_scope, trainable_parameters
-from .side_effects import Buffers, RandomState, devices_of, logs_dropped, side_effects_undone
-from .state import XSAMState
-from .support import obstacle_in_arguments, refuse_optimizer, refuse_unsupported
-from .tensors import dot, is_sharded, norm, set_to_combination
+from .step.scope import in_scope, parameters_in_scope, trainable_parameters
+from .step.side_effects import Buffers, RandomState, devices_of, logs_dropped, side_effects_undone
 
 if TYPE_CHECKING:
     _Trainer = Trainer  # what the mixin stands in front of
@@ -310,7 +310,7 @@ class XSAMTrainerMixin(_Trainer):
             self.xsam_config.save_pretrained(output_dir or str(self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the stock card, and add what X-SAM has to say: see [`hf_xsam.model_card`]."""
+        """Write the stock card, and add what X-SAM has to say: see [`hf_xsam.saving.model_card`]."""
         if self.is_world_process_zero():
             prepare_adapter_card(self)
         super().create_model_card(*args, **kwargs)

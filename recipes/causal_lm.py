@@ -28,7 +28,7 @@ from hf_xsam import XSAMConfig
 from hf_xsam.data.encoding import encode_language
 from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, movie_prompts
 from hf_xsam.data.splits import require_columns
-from hf_xsam.landscape import IGNORED
+from hf_xsam.sharpness.landscape import IGNORED
 
 
 @dataclass

@@ -20,7 +20,7 @@ except ImportError:  # on Windows
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.data.splits import chosen, load_files, with_validation
-from hf_xsam.metrics import NOT_RESULTS
+from hf_xsam.step.logs import NOT_RESULTS
 
 logger = logging.getLogger(__name__)
 

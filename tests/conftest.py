@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from .fake_hub import FakeHub
+from tests.fake_hub import FakeHub
 
 # Before torch and transformers are imported, which read these once. No test may reach the hub itself, and models are
 # small enough for one thread each, in every process that a test starts: equal bit for bit takes as many threads.

@@ -19,11 +19,10 @@ from transformers import Trainer, TrainerCallback
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainerMixin
-from hf_xsam.scope import trainable_parameters
-from hf_xsam.tensors import is_sharded, local
+from hf_xsam.functional.tensors import is_sharded, local
+from hf_xsam.step.scope import trainable_parameters
 from tests.helpers import arguments, examples_of, logs_of, shard_on_cpu
-from tests.test_lora import adapted
-from tests.test_trainer import bert, sentences
+from tests.models import adapted, bert, sentences
 
 MODELS = {
     "bert": bert,
@@ -147,7 +146,7 @@ def train(case, folder):
     if "measure_every" in case:
         trainer.add_callback(XSAMCallback(trainer, every=case["measure_every"], samples=8, tolerance=1e-4))
     resume = case.get("resume")
-    bucket = patch("hf_xsam.hessian.BUCKET_BYTES", case.get("bucket_bytes", 25 * 2**20))
+    bucket = patch("hf_xsam.step.curvature.BUCKET_BYTES", case.get("bucket_bytes", 25 * 2**20))
     with CollectiveCounter() as collectives, bucket:
         trainer.train(resume_from_checkpoint=resume)
     history = trainer.state.log_history

@@ -11,9 +11,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_xsam import XSAMConfig, XSAMTrainer
-from hf_xsam.checkpoint import last_complete_checkpoint
-
-from .helpers import arguments, examples_of, weights_of
+from hf_xsam.saving.checkpoint import last_complete_checkpoint
+from tests.helpers import arguments, examples_of, weights_of
 
 STEPS = 6
 EXAMPLES, FEATURES, CLASSES = 48, 5, 3

@@ -6,9 +6,8 @@ from transformers import Trainer
 
 from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainer
 from hf_xsam.sharpness import measure
-
-from .cases import tiny_vit
-from .helpers import arguments, examples_of
+from tests.cases import tiny_vit
+from tests.helpers import arguments, examples_of
 
 
 def accuracy(prediction):

@@ -19,12 +19,11 @@ from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from hf_xsam import XSAMConfig
-from hf_xsam import cli as command_line
-
-from .cases import tiny_bert
-from .fake_hub import Repository
-from .helpers import examples_of, save_tiny_classifier, save_tiny_image_classifier, save_tiny_language_model
-from .runs_on_disk import trained_runs
+from hf_xsam.cli import main as command_line
+from tests.cases import tiny_bert
+from tests.fake_hub import Repository
+from tests.helpers import examples_of, save_tiny_classifier, save_tiny_image_classifier, save_tiny_language_model
+from tests.runs_on_disk import trained_runs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from .faults import (
+from tests.faults import (
     STEPS,
     FaultyModel,
     Run,
@@ -20,7 +20,7 @@ from .faults import (
     same,
     train_in_subprocess,
 )
-from .helpers import weights_of
+from tests.helpers import weights_of
 
 IN_PROCESS, KILLS = 160, 40
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
-from ..side_effects import counts_undone
+from ..step.side_effects import counts_undone
 from ..trainer import XSAMTrainerMixin
 
 

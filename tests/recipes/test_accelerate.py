@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from . import test_language_models, test_text_classification
-from .test_text_classification import RECIPES, flags
+from tests.recipes import test_language_models, test_text_classification
+from tests.recipes.test_text_classification import RECIPES, flags
 
 texts = test_text_classification.model_and_data
 language = test_language_models.model_and_data

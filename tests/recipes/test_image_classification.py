@@ -22,7 +22,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from .test_text_classification import flags
+from tests.recipes.test_text_classification import flags
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 MODELS = {

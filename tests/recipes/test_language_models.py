@@ -11,9 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from hf_xsam.data.encoding import encode_language
-
-from ..helpers import save_tiny_language_model
-from .test_text_classification import flags
+from tests.helpers import save_tiny_language_model
+from tests.recipes.test_text_classification import flags
 
 ADJECTIVES = ["good", "fine", "great", "bad", "poor", "dull"]
 LORA = {"use_peft": "true", "lora_r": "4", "lora_target_modules": r".*\.(q|v|up)_proj", "eigen_scope": "lora"}

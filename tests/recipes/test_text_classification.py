@@ -18,8 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from hf_xsam import XSAMTrainer
 from hf_xsam.data import movie_reviews
-
-from ..fake_hub import WRITE_TOKEN
+from tests.fake_hub import WRITE_TOKEN
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 WORDS = ["good", "fine", "great", "bad", "poor", "dull", "film", "plot"]

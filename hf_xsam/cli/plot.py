@@ -1,0 +1,47 @@
+"""`hf-xsam plot`: runs side by side, as one figure and as one page for the browser."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..plotting.figure import draw_figure
+from ..plotting.page import page
+from ..plotting.runs import RunError, measured_table, panels, read_runs
+
+FIGURE_NAME = "runs.png"
+PAGE_NAME = "runs.html"
+
+
+@dataclass
+class PlotArguments:
+    """Which runs to draw, and where to."""
+
+    runs: list[str] = field(
+        metadata={
+            "help": "Output folder of a Trainer, with its trainer_state.json or checkpoints, and sharpness.json where "
+            "hf-xsam sharpness has written it; a trainer_state.json; or a folder with a sharpness.json alone."
+        }
+    )
+    output: str = field(default="plot", metadata={"help": f"Folder to write {FIGURE_NAME} and {PAGE_NAME} into."})
+
+
+def run(arguments: PlotArguments) -> None:
+    """Draw the runs into `arguments.output`, and print the paths of the two files.
+
+    Raises:
+        RunError: for a run that cannot be read, or runs without anything to draw.
+        OSError: for a folder that cannot be written into.
+    """
+    runs = read_runs(arguments.runs)
+    drawn = panels(runs)
+    if not drawn:
+        names = ", ".join(arguments.runs)
+        raise RunError(
+            f"Nothing to draw in {names}: no loss was logged yet, and no slice of it measured; train longer, or lower "
+            "logging_steps."
+        )
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_figure(runs, drawn, measured_table(runs), folder / FIGURE_NAME)
+    (folder / PAGE_NAME).write_text(page(runs, drawn), encoding="utf-8")
+    for name in (FIGURE_NAME, PAGE_NAME):
+        print(folder / name)

@@ -1,0 +1,155 @@
+"""Measure how sharp the minimum of a saved model is, print a table, and write it all to sharpness.json."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..sharpness.measuring import FILE_NAME, Sharpness, measure, refuse_settings
+from ..step.refusals import first_line
+from .data import load_split, prepare
+from .saved_model import SavedModel
+
+DATA_OPTIONS = (
+    "dataset",
+    "dataset_config",
+    "split",
+    "text_column",
+    "text_pair_column",
+    "image_column",
+    "label_column",
+    "completion_only_loss",
+    "prompt_column",
+    "completion_column",
+    "max_length",
+    "batch_size",
+)
+
+
+@dataclass
+class SharpnessArguments:
+    """The model, the data, and what to measure."""
+
+    model: str = field(metadata={"help": "Folder or hub name of a model, or of a PEFT adapter."})
+    dataset: str = field(
+        metadata={
+            "help": "movie_reviews, digits or movie_text, which are embedded; a csv, json, jsonl or parquet file; or a "
+            "data set on the hub."
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
+    split: str = field(
+        default="train",
+        metadata={"help": "Split of the data set, as the recipes split it; a file is 'train' as a whole."},
+    )
+    samples: int = field(default=256, metadata={"help": "Measure on so many examples, chosen once for all runs."})
+    batch_size: int = field(default=32, metadata={"help": "Examples at a time; fewer take less memory."})
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, if any."})
+    image_column: str = field(default="image", metadata={"help": "Column of the image."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label."})
+    completion_only_loss: bool = field(
+        default=False, metadata={"help": "For a language model, the loss of completions, given prompts, not of texts."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt."})
+    completion_column: str = field(default="completion", metadata={"help": "Column of the completion."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
+    top_k: int = field(default=1, metadata={"help": "Eigenvalues of the Hessian to find."})
+    trace_samples: int = field(default=8, metadata={"help": "Random vectors for its trace; 0 for no trace."})
+    rhos: list[float] = field(default_factory=lambda: [0.01, 0.05], metadata={"help": "Radii of SAM's sharpness."})
+    slice_radius: float = field(default=0.5, metadata={"help": "How far slices of the loss reach from the weights."})
+    slice_points: int = field(default=21, metadata={"help": "Losses on each slice; 0 for no slices."})
+    eigen_scope: str = field(
+        default="trainable",
+        metadata={"help": "Parameters to measure over: 'trainable', 'lora', 'norm', or a regular expression."},
+    )
+    hvp: Literal["auto", "exact", "finite_difference"] = field(
+        default="auto", metadata={"help": "Hessian-vector products by double backward, finite difference, or either."}
+    )
+    tolerance: float = field(default=1e-3, metadata={"help": "Relative residual at which an eigenpair is found."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random vectors."})
+    device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if any."})
+    progress: bool = field(default=True, metadata={"help": "Show a progress bar."})
+    output_file: str | None = field(
+        default=None,
+        metadata={"help": f"Where to write; by default {FILE_NAME} in the model's folder, for a hub model made here."},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.slice_points < 0:
+            raise ValueError(f"slice_points is {self.slice_points}; it must be at least 0.")
+        # Before model and data are loaded.
+        refuse_settings(self.top_k, self.trace_samples, self.rhos, self.eigen_scope, self.hvp, self.tolerance)
+
+
+def run(arguments: SharpnessArguments) -> None:
+    """Measure, print, and write.
+
+    Raises:
+        ValueError: for a model, data, column, split, device or setting that does not fit; the message says why.
+        ArithmeticError: where the loss is not finite, or has no eigenpairs that can be found.
+    """
+    # A hub model's folder is one of its name, here.
+    folder = Path(arguments.model if Path(arguments.model).is_dir() else Path(arguments.model).name)
+    path = Path(arguments.output_file or folder / FILE_NAME)
+    device = find_device(arguments.device)
+    saved = SavedModel.find(arguments.model)
+    torch.manual_seed(arguments.seed)
+    split = load_split(arguments)
+    model, dataloader = prepare(saved, split, arguments)
+    radius, points = arguments.slice_radius, arguments.slice_points
+    sharpness = measure(
+        model.to(device),
+        dataloader,
+        top_k=arguments.top_k,
+        trace_samples=arguments.trace_samples,
+        rhos=arguments.rhos,
+        distances=np.linspace(-radius, radius, points).round(9).tolist(),
+        eigen_scope=arguments.eigen_scope,
+        hvp=arguments.hvp,
+        tolerance=arguments.tolerance,
+        seed=arguments.seed,
+        progress=arguments.progress,
+    )
+    sharpness.model = arguments.model
+    data = {name: getattr(arguments, name) for name in DATA_OPTIONS}
+    sharpness.settings = {**data, "samples": min(arguments.samples, len(split)), **sharpness.settings}
+    print_table(sharpness)  # first: the figures are there though they cannot be written
+    print(f"Written to {sharpness.save(path)}")
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device that `name` names.
+
+    Raises:
+        ValueError: where there is no such device.
+    """
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:  # the former from a torch without CUDA
+        raise ValueError(f"device is {name!r}, which torch cannot use: {first_line(error)}") from error
+
+
+def print_table(sharpness: Sharpness) -> None:
+    """Print what was found."""
+    settings = sharpness.settings
+    table = Table("", "value", title=f"{sharpness.model} on {settings['samples']} of {settings['dataset']}")
+    table.add_row("loss", f"{sharpness.loss:.4g}")
+    table.add_row("norm of the gradient", f"{sharpness.gradient_norm:.4g}")
+    pairs = zip(sharpness.eigenvalues, sharpness.gradient_angles_degrees, strict=True)
+    for i, (value, angle) in enumerate(pairs, start=1):
+        table.add_row(f"eigenvalue {i}", f"{value:.4g} ({angle:.1f} degrees from the gradient)")
+    if sharpness.trace:
+        table.add_row("trace", f"{sharpness.trace.mean:.4g} ± {sharpness.trace.standard_error:.2g}")
+    for rho, rise in sharpness.sam_sharpness.items():
+        table.add_row(f"SAM sharpness, rho {rho}", f"{rise:.4g}")
+    Console(width=100).print(table)

@@ -1,0 +1,1 @@
+"""Runs and measurements side by side, as a figure and as a page for the browser."""

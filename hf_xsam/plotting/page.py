@@ -1,0 +1,135 @@
+"""The page of `hf-xsam plot`: one HTML file that asks no host for anything, light and dark, for a phone and a desk."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .figure import COLOURS, GRID, INK, draw_panel, line_style, style
+from .runs import STEP, Curve, Panel, Run, differing_settings, last_values, measured_table, number
+
+ROWS = 100  # at most, of each curve in a chart's table
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What the template shows of a panel.
+
+    Attributes:
+        panel: the panel itself.
+        svg: its curves and axes.
+        top, bottom: from the SVG's edges to those of the axes, in percent of its height.
+        labels: a name for each curve.
+        rows: the number on the x-axis, its place in percent of the SVG's width, and a cell for each curve.
+        thinned: whether the rows leave out some of the points.
+        summary: the chart in words.
+    """
+
+    panel: Panel
+    svg: Markup
+    top: float
+    bottom: float
+    labels: list[str]
+    rows: list[tuple[str, float, list[str]]]
+    thinned: bool
+    summary: str
+
+
+def page(runs: Sequence[Run], drawn: Sequence[Panel]) -> str:
+    """Return the page, as HTML."""
+    from .. import __version__
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    kinds = dict.fromkeys((curve.run, curve.kind) for panel in drawn for curve in panel.curves)
+    looks = list(dict.fromkeys([*((i, "") for i in range(len(runs))), *kinds]))
+    charts = [draw_chart(f"chart{i}", panel, runs) for i, panel in enumerate(drawn)]
+    return environment.get_template("page.html").render(
+        version=__version__,
+        number=number,
+        row_limit=ROWS,
+        runs=runs,
+        swatch_ids={look: f"swatch{i}" for i, look in enumerate(looks)},
+        swatches=[draw_swatch(f"swatch{i}", *look) for i, look in enumerate(looks)],
+        over_steps=[chart for chart in charts if chart.panel.x_label == STEP],
+        slices=[chart for chart in charts if chart.panel.x_label != STEP],
+        last=last_values(drawn, len(runs)),
+        measured=measured_table(runs),
+        differing=differing_settings(runs),
+    )
+
+
+def draw_chart(key: str, panel: Panel, runs: Sequence[Run]) -> Chart:
+    """Draw the panel; `key` begins every id in its SVG."""
+    with style(13):
+        figure = Figure(figsize=(4.6, 3.1), layout="constrained", dpi=72)
+        axes = figure.add_subplot()
+        draw_panel(axes, panel)
+        svg = themed_svg(figure, key)
+    edges = axes.get_position()
+    curves = [thinned(curve) for curve in panel.curves]
+    xs = sorted({x for points in curves for x in points})
+    places = axes.transData.transform([(x, axes.get_ylim()[0]) for x in xs])[:, 0] / figure.bbox.width
+    labels = [f"{runs[curve.run].name}, {curve.kind}".removesuffix(", ") for curve in panel.curves]
+    ends = [
+        f"{label}: from {number(curve.points[min(curve.points)])} to {number(curve.last)}"
+        for label, curve in zip(labels, panel.curves, strict=True)
+    ]
+    return Chart(
+        panel=panel,
+        svg=svg,
+        top=100 * (1 - edges.y1),
+        bottom=100 * edges.y0,
+        labels=labels,
+        rows=[
+            (f"{x:.4g}" if panel.x_label != STEP else f"{x:.0f}", 100 * place, [_cell(points, x) for points in curves])
+            for x, place in zip(xs, places, strict=True)
+        ],
+        thinned=any(len(curve.points) > ROWS for curve in panel.curves),
+        summary=f"{panel.title} by {panel.x_label}. {'; '.join(ends)}.",
+    )
+
+
+def draw_swatch(key: str, run: int, kind: str) -> Markup:
+    """Draw a piece of the run's line, 36 by 14 points."""
+    with style(13):
+        figure = Figure(figsize=(36 / 72, 14 / 72), dpi=72)
+        figure.add_artist(Line2D([0, 0.5, 1], [0.5] * 3, **line_style(run, kind), markevery=[1]))
+        return themed_svg(figure, key)
+
+
+def themed_svg(figure: Figure, key: str) -> Markup:
+    """Return the figure as an SVG with the id `key`, which begins all ids in it; its colours are the page's."""
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
+        figure.savefig(text, format="svg", transparent=True)
+    svg = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*</metadata>|<style.*?</style>", "", text.getvalue())
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{key}-", svg).replace("<svg", f'<svg id="{key}"', 1)
+    svg = svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
+    for i, colour in enumerate(COLOURS):
+        svg = svg.replace(colour, f"var(--line-{i})")
+    return Markup(svg)
+
+
+def thinned(curve: Curve) -> dict[float, float]:
+    """Return at most `ROWS` of the curve's points, evenly chosen, the first and the last among them."""
+    xs = sorted(curve.points)
+    last = len(xs) - 1
+    places = range(len(xs)) if last < ROWS else [round(i * last / (ROWS - 1)) for i in range(ROWS)]
+    return {xs[i]: curve.points[xs[i]] for i in places}
+
+
+def _cell(points: dict[float, float], x: float) -> str:
+    return number(points[x]) if x in points else ""

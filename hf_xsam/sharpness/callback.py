@@ -1,0 +1,176 @@
+"""`XSAMCallback`: the sharpness of what any `Trainer` trains, measured along the way and logged."""
+
+import logging
+import random
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..step.replay import copied
+from ..step.scope import parameters_in_scope
+from ..step.side_effects import RandomState, counts_undone, logs_dropped
+from .measuring import Sharpness, measure, refuse_settings
+
+logger = logging.getLogger(__name__)
+
+
+class XSAMCallback(TrainerCallback):
+    """Measures sharpness every `every` optimizer steps and at the end of training, of any trainer's loss.
+
+        trainer = Trainer(...)
+        trainer.add_callback(XSAMCallback(trainer, every=50))
+
+    The same examples each time, in evaluation mode, in the trainer's precision. It logs `sharpness/loss`,
+    `sharpness/gradient_norm`, `sharpness/top_eigenvalue`, `sharpness/gradient_angle_degrees` (between gradient and top
+    eigenvector, 0 to 90), `sharpness/sam_sharpness` (L(w + rho * g / norm(g)) - L(w)) and `sharpness/trace`, for the
+    trainer's reports and its `trainer_state.json`. Training goes on bit for bit as without it. With several processes
+    each measures the same examples. A measurement that fails, as on a loss that is not finite or for want of memory, is
+    skipped with a warning.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            Whose loss, model, precision and data collator it takes. (A callback's methods get no trainer.)
+        every (`int`, *optional*):
+            Optimizer steps between two measurements, at least 1; None measures at the end of training alone.
+        samples (`int`, *optional*, defaults to 256):
+            Examples to measure on, chosen at random once.
+        dataset (*optional*):
+            Where they come from, of the trainer's own kind and with a length; by default its `train_dataset`.
+        rho (`float`, *optional*, defaults to 0.05):
+            Radius of `sharpness/sam_sharpness`.
+        trace_samples (`int`, *optional*, defaults to 0):
+            Random vectors for `sharpness/trace`, one Hessian-vector product each: 0 for none, or at least 2.
+        seed (`int`, *optional*, defaults to 0):
+            Of the choice of examples and the measurement's random vectors, apart from the trainer's.
+        eigen_scope, hvp, tolerance (*optional*):
+            See [`~hf_xsam.sharpness.measure`].
+
+    Raises:
+        ValueError: for a value that is not allowed, data without a length, and FSDP.
+        ImportError: without scipy.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        every: int | None = None,
+        samples: int = 256,
+        dataset: Any = None,
+        rho: float = 0.05,
+        trace_samples: int = 0,
+        seed: int = 0,
+        eigen_scope: str = "trainable",
+        hvp: str = "auto",
+        tolerance: float = 1e-3,
+    ) -> None:
+        for name, value in (("every", every), ("samples", samples)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        data = trainer.train_dataset if dataset is None else dataset
+        if not hasattr(data, "__len__"):
+            raise ValueError(
+                f"XSAMCallback chooses among examples by number, which a {type(data).__name__} does not have: pass "
+                "dataset=, a list of examples."
+            )
+        if trainer.is_fsdp_enabled:
+            raise ValueError("XSAMCallback cannot measure a model sharded by FSDP: use XSAMTrainer.top_eigenpair.")
+        if find_spec("scipy") is None:
+            raise ImportError("XSAMCallback finds eigenvalues by scipy: pip install 'hf_xsam[tools]'")
+        assert isinstance(trainer.model, nn.Module)
+        # Refused now, not at each measurement.
+        if not rho > 0:
+            raise ValueError(f"rho is {rho}; it must be above 0.")
+        refuse_settings(1, trace_samples, [], eigen_scope, hvp, tolerance)
+        parameters_in_scope(trainer.model, eigen_scope, "eigen_scope")
+        self._trainer, self._every, self._samples, self._data, self._rho = trainer, every, samples, data, rho
+        self._settings: dict[str, Any] = {
+            "trace_samples": trace_samples,
+            "seed": seed,
+            "eigen_scope": eigen_scope,
+            "hvp": hvp,
+            "tolerance": tolerance,
+        }
+        self._batches: list[Any] | None = None
+        self._measured_at: int | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure where it is time to; the last step's is in the checkpoint that is saved after it."""
+        step = state.global_step
+        if step >= state.max_steps or (self._every is not None and step % self._every == 0):
+            self._measure_and_log()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the model that is left, unless it is the one that the last step left."""
+        if self._measured_at != state.global_step or args.load_best_model_at_end:
+            self._measure_and_log()
+        self._measured_at = None  # a second training may end at the same step
+
+    def _measure_and_log(self) -> None:
+        trainer = self._trainer
+        self._measured_at = trainer.state.global_step
+        try:
+            found = self.measure()
+        except Exception as error:  # a measurement may not end a training
+            logger.warning("Sharpness was not measured at step %d: %r", trainer.state.global_step, error)
+            return
+        metrics = {
+            "loss": found.loss,
+            "gradient_norm": found.gradient_norm,
+            "top_eigenvalue": found.eigenvalues[0],
+            "gradient_angle_degrees": found.gradient_angles_degrees[0],
+            "sam_sharpness": found.sam_sharpness[self._rho],
+        }
+        if found.trace is not None:
+            metrics["trace"] = found.trace.mean
+        # The stock method: subclasses add to each log what they have collected since the last, and start over. It
+        # also takes the step's own log as done.
+        control, should_log = trainer.control, trainer.control.should_log
+        Trainer.log(trainer, {f"sharpness/{name}": value for name, value in metrics.items()})
+        control.should_log = should_log
+
+    def measure(self) -> Sharpness:
+        """Return the sharpness as the model stands, of the trainer's loss on the callback's examples."""
+        trainer = self._trainer
+        if self._batches is None:
+            self._batches = choose_batches(trainer, self._data, self._samples, self._settings["seed"])
+
+        def compute_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+            loss = trainer.compute_loss(model, copied(batch))
+            assert isinstance(loss, Tensor)  # a tuple only with return_outputs
+            return loss
+
+        assert isinstance(trainer.model, nn.Module)
+        with counts_undone(trainer), logs_dropped(trainer):
+            return measure(
+                trainer.model,
+                self._batches,
+                compute_loss=compute_loss,
+                rhos=[self._rho],
+                distances=(),
+                progress=False,
+                accelerator=trainer.accelerator,
+                **self._settings,
+            )
+
+
+def choose_batches(trainer: Trainer, dataset: Any, samples: int, seed: int) -> list[Any]:
+    """Return a random choice of examples, collated as for training, alike for the same seed.
+
+    The random generators stay as they are.
+    """
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    size = trainer.args.per_device_train_batch_size
+    random_state = RandomState.capture([])
+    random.seed(seed), np.random.seed(seed), torch.default_generator.manual_seed(seed)  # for masks that collators draw
+    try:
+        examples = [dataset[number] for number in chosen]
+        return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+    finally:
+        random_state.restore()

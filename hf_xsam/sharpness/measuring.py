@@ -1,0 +1,235 @@
+"""How sharp a model's minimum is: `measure` gives the Hessian's top eigenpairs and trace, SAM's sharpness, and slices.
+
+from hf_xsam.sharpness import measure
+
+sharpness = measure(model, dataloader, top_k=3)
+sharpness.save("output/sharpness.json")
+"""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..config import XSAMConfig
+from ..functional.power_iteration import random_unit_vector
+from ..functional.spectrum import Trace, hutchinson_trace, top_eigenpairs
+from ..functional.tensors import add_scaled, is_sharded, norm, reciprocal_or_zero, scale
+from ..step.replay import evaluating, gradients_set_aside
+from ..step.scope import parameters_in_scope
+from ..step.side_effects import side_effects_undone
+from .landscape import Landscape, LossFunction, Slice, angle_degrees, model_loss, plain_accelerator, uphill
+
+FILE_NAME = "sharpness.json"
+DISTANCES = tuple(step / 20 for step in range(-10, 11))
+PACKAGES = ("hf_xsam", "torch", "transformers", "accelerate", "scipy", "peft")
+
+
+@dataclass
+class Sharpness:
+    """What [`measure`] found. All is of the mean loss over the data, with respect to the parameters in eigen_scope.
+
+    Attributes:
+        model: what it is called.
+        loss: L(w).
+        gradient_norm: norm(g) of g = grad L(w).
+        eigenvalues: of the Hessian at w, the algebraically largest first.
+        eigenvectors: theirs, each by parameter name, jointly of norm 1, in float32 or wider, on the parameters'
+            devices. They are not written to files.
+        gradient_angles_degrees: between g and each eigenvector, 0 to 90: an eigenvector has no sign, so 120 degrees
+            from v are 60 from -v. 90 where g is zero.
+        trace: the Hessian's, by Hutchinson's estimate; None where none was asked for.
+        sam_sharpness: L(w + rho * g / norm(g)) - L(w) by rho.
+        slices: of the loss along "eigenvector", the first, in the sense in which the loss rises, and along "gradient",
+            g / norm(g); empty where none were asked for.
+        settings: what was measured, on what, and how.
+        versions: of Python and packages.
+    """
+
+    model: str
+    loss: float
+    gradient_norm: float
+    eigenvalues: list[float]
+    eigenvectors: list[dict[str, Tensor]] = field(repr=False)
+    gradient_angles_degrees: list[float]
+    trace: Trace | None
+    sam_sharpness: dict[float, float]
+    slices: dict[str, Slice]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all but the eigenvectors as a dictionary that JSON can hold."""
+        return {
+            "model": self.model,
+            "loss": self.loss,
+            "gradient_norm": self.gradient_norm,
+            "eigenvalues": self.eigenvalues,
+            "gradient_angles_degrees": self.gradient_angles_degrees,
+            "trace": asdict(self.trace) if self.trace else None,
+            "sam_sharpness": {str(rho): value for rho, value in self.sam_sharpness.items()},
+            "slices": {name: asdict(slice_) for name, slice_ in self.slices.items()},
+            "settings": self.settings,
+            "versions": self.versions,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it as JSON to `path`, to `sharpness.json` in it where it is a folder, and return the file's path."""
+        file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return file
+
+
+def measure(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    compute_loss: LossFunction | None = None,
+    top_k: int = 1,
+    trace_samples: int = 8,
+    rhos: Sequence[float] = (0.01, 0.05),
+    distances: Sequence[float] = DISTANCES,
+    eigen_scope: str = "trainable",
+    hvp: str = "auto",
+    tolerance: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+) -> Sharpness:
+    """Measure the sharpness of the mean loss of `model` over the data, in evaluation mode.
+
+    The model, its gradients, buffers and modes, and all random generators are afterwards as they were, also if an
+    exception ends it. One batch at a time is on the model's device, and one graph; a copy of the weights in
+    `eigen_scope` while they are moved; and the eigenvectors. Lanczos holds 2 * top_k + 4 vectors in main memory.
+
+    Args:
+        model: any; wrapped or compiled, it is measured as its author wrote it.
+        dataloader: batches, read once and kept. Batches count by their targets, that is by examples, or by tokens that
+            have a label, so that an uneven last one is right.
+        compute_loss: called as compute_loss(model, batch), returns the mean loss of a batch, 0-dimensional; by default
+            that of a transformers model, whose batches have `labels`.
+        top_k: eigenpairs, at least 1.
+        trace_samples: random vectors for the trace, one Hessian-vector product each: 0 for none, or at least 2.
+        rhos: radii of SAM's sharpness, above 0, in the units of the weights.
+        distances: along the slices, in the units of the weights; none for no slices.
+        eigen_scope: what the Hessian spans, and what is moved: values as for `XSAMConfig.eigen_scope`.
+        hvp: how Hessian-vector products are computed: values as for `XSAMConfig.hvp`.
+        tolerance: of the eigenpairs' residual, see [`hf_xsam.functional.spectrum.top_eigenpairs`].
+        seed: of Lanczos's start and of the trace's random vectors.
+        progress: whether to show a bar, which counts batches.
+        accelerator: the trainer's, for its mixed precision; by default there is none. With several processes, each
+            must bring the same data.
+
+    Raises:
+        ValueError: for a value that is not allowed, no data, batches without labels, and parameters sharded by FSDP.
+        ImportError: without scipy.
+        ArithmeticError: where the loss or a derivative is not finite, or the eigenpairs are not found.
+        RuntimeError: where hvp is "exact" and the model has no second derivative.
+    """
+    refuse_settings(top_k, trace_samples, rhos, eigen_scope, hvp, tolerance)
+    with plain_accelerator(model) if accelerator is None else nullcontext(accelerator) as accelerator:
+        model = accelerator.unwrap_model(model, keep_torch_compile=False)
+        scope = parameters_in_scope(model, eigen_scope, "eigen_scope")
+        parameters = list(scope.values())
+        if any(is_sharded(parameter) for parameter in parameters):
+            raise ValueError("The model is sharded by FSDP: use XSAMTrainer.top_eigenpair, which gathers no vector.")
+        with _nothing_left_behind(model, parameters[0].device), _bar(progress) as bar:
+            landscape = Landscape(accelerator, model, dataloader, compute_loss or model_loss, parameters, bar.update)
+            bar.set_description_str("gradient")
+            loss, gradient = landscape.loss(), landscape.gradient()
+            length = norm(gradient)
+            if not math.isfinite(loss) or not torch.isfinite(length):
+                raise ArithmeticError(f"The loss is {loss}, its gradient's norm {length.item()}: they must be finite.")
+            method = landscape.method(hvp)
+            with landscape.hessian(method) as product:
+                bar.set_description_str("eigenvalues")
+                # The gradient has much of its length along the top eigenvectors. The random part is there lest it be
+                # orthogonal to one.
+                start = add_scaled(random_unit_vector(parameters, seed), reciprocal_or_zero(length), gradient)
+                values, vectors = top_eigenpairs(product, start, top_k, tolerance)
+                bar.set_description_str("trace")
+                known = (values, vectors)
+                trace = hutchinson_trace(product, parameters, trace_samples, seed, *known) if trace_samples else None
+            bar.set_description_str("sharpness")
+            sam_sharpness = {rho: landscape.perturbed_loss(gradient, rho) - loss for rho in rhos}
+            slices = {}
+            if len(distances):
+                bar.set_description_str("slices")
+                slices["eigenvector"] = landscape.slice_along(uphill(vectors[0], gradient), distances)
+                slices["gradient"] = landscape.slice_along(scale(reciprocal_or_zero(length), gradient), distances)
+        settings = {
+            "batches": landscape.batches,
+            "targets": landscape.targets,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "eigen_scope": eigen_scope,
+            "hvp": method,
+            "tolerance": tolerance,
+            "seed": seed,
+            "dtype": str(parameters[0].dtype).removeprefix("torch."),
+            "mixed_precision": accelerator.mixed_precision,
+            "device": str(parameters[0].device),
+        }
+    return Sharpness(
+        model=getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
+        loss=loss,
+        gradient_norm=length.item(),
+        eigenvalues=values,
+        eigenvectors=[dict(zip(scope, vector, strict=True)) for vector in vectors],
+        gradient_angles_degrees=[angle_degrees(gradient, vector) for vector in vectors],
+        trace=trace,
+        sam_sharpness=sam_sharpness,
+        slices=slices,
+        settings=settings,
+        versions=installed_versions(),
+    )
+
+
+def refuse_settings(
+    top_k: int, trace_samples: int, rhos: Sequence[float], eigen_scope: str, hvp: str, tolerance: float
+) -> None:
+    """Raise a ValueError for a setting that [`measure`] does not allow."""
+    try:
+        XSAMConfig(hvp=hvp, eigen_scope=eigen_scope)  # type: ignore[arg-type]  # refuses what is not allowed
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("XSAMConfig.")) from error
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1.")
+    if trace_samples < 0 or trace_samples == 1:
+        raise ValueError(f"trace_samples is {trace_samples}; it must be 0, or at least 2 for a standard error.")
+    if not all(rho > 0 for rho in rhos):
+        raise ValueError(f"rhos are {list(rhos)}; they must be above 0.")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; it must be at least 0.")
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and of those packages that results depend on, as far as they are installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+@contextmanager
+def _nothing_left_behind(model: nn.Module, device: torch.device) -> Iterator[None]:
+    with evaluating(model), side_effects_undone(model, device), gradients_set_aside(model), torch.enable_grad():
+        yield
+
+
+def _bar(shown: bool) -> AbstractContextManager[Any]:
+    return tqdm(desc="sharpness", unit=" batches", disable=not shown, leave=False)

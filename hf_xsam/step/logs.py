@@ -1,0 +1,98 @@
+"""What X-SAM logs: means over steps, and warnings when they tell of a setting that does not fit."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import XSAMConfig
+from ..functional.tensors import reciprocal_or_zero
+
+logger = logging.getLogger(__name__)
+
+# How metrics end that an evaluation logs beside its results: the Trainer's, and TRL's.
+NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens")
+# When the perturbed loss counts as far above the loss, and over how many optimizer steps before a warning.
+LARGE_SHARPNESS = 0.5
+PATIENCE = 20
+# How far the weights' movement may be from rho before a warning.
+ROUNDING_TOLERANCE = 0.1
+
+
+def alignment(along: Tensor, length: Tensor) -> dict[str, Tensor]:
+    """Return the cosine <a, v> / norm(a) between gradient and eigenvector, and its angle in degrees, 0 to 180.
+
+    Args:
+        along: <a, v>, 0-dimensional.
+        length: norm(a), 0-dimensional.
+    """
+    cosine = along * reciprocal_or_zero(length)
+    return {"cosine": cosine, "angle_degrees": torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))}
+
+
+@dataclass
+class RunningMeans:
+    """Means of metrics over the optimizer steps since they were last taken, kept on the device until then."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Count in one step's values, each 0-dimensional."""
+        for name, value in metrics.items():
+            value = value.detach().double() if value.device.type != "mps" else value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    @property
+    def steps(self) -> int:
+        """Return over how many steps the means are."""
+        return max(self.counts.values(), default=0)
+
+    def take(self) -> tuple[list[str], Tensor | None]:
+        """Return the names and a vector of their means, and start over; (`[]`, None) where nothing was added."""
+        names = list(self.sums)
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names]) if names else None
+        self.sums, self.counts = {}, {}
+        return names, means
+
+
+@dataclass
+class Advice:
+    """Warns, each once, of what the logs say about the settings."""
+
+    config: XSAMConfig
+    steps_far_above: int = 0
+    said_rounded: bool = False
+
+    def read(self, logs: Mapping[str, float], steps: int) -> None:
+        """Look at one line of logs, with the loss and X-SAM's metrics, which are means over `steps`."""
+        if "xsam/sharpness" in logs:
+            self._large_rho(logs, steps)
+        if abs(logs.get("xsam/realised_perturbation", 1.0) - 1) > ROUNDING_TOLERANCE and not self.said_rounded:
+            self.said_rounded = True
+            logger.warning(
+                "Half-precision weights moved by %.2f times the perturbation asked for (rho is %g): the rest was lost "
+                "to rounding. Load the model in float32 (bf16=True or fp16=True still computes in half precision), "
+                "or raise rho.",
+                logs["xsam/realised_perturbation"],
+                self.config.rho,
+            )
+
+    def _large_rho(self, logs: Mapping[str, float], steps: int) -> None:
+        if self.steps_far_above >= PATIENCE:
+            return  # said already
+        far_above = logs["xsam/sharpness"] > LARGE_SHARPNESS * abs(logs["loss"])
+        self.steps_far_above = self.steps_far_above + steps if far_above else 0
+        if self.steps_far_above >= PATIENCE:
+            logger.warning(
+                "The perturbed loss has been more than %g times the loss for %d steps (last: %.3g and %.3g). "
+                "If the loss does not fall, lower rho (it is %g) or raise it slowly with rho_warmup_steps.",
+                1 + LARGE_SHARPNESS,
+                self.steps_far_above,
+                logs["xsam/perturbed_loss"],
+                logs["loss"],
+                self.config.rho,
+            )

@@ -1,0 +1,202 @@
+"""What X-SAM cannot work with, found out before it goes wrong silently."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+    from ..config import XSAMConfig
+
+# bitsandbytes' 4-bit and 8-bit layers: their backward passes multiply by the weights, in operations that autograd sees.
+TWICE_DIFFERENTIABLE = ("MatMul4BitBackward", "MatMul8bitFpBackward", "MatMul8bitLtBackward")
+REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
+STEPS_INSIDE_BACKWARD = ("Lomo", "AdaLomo")
+FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration"
+INSTEAD_OF_DEEPSPEED = f"To shard the model use FSDP2 ({FSDP2}); else DistributedDataParallel."
+
+# Those whose loss is a function of weights and batch alone.
+TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
+
+
+def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
+    """Raise where X-SAM would not do what it says under this trainer's arguments.
+
+    Raises:
+        ValueError: naming the argument, its value and what to use instead.
+    """
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "lomo" in optim or optim.endswith("layerwise"):
+        raise _steps_inside_backward(f"optim={optim!r}")
+    if trainer.optimizer is not None:
+        refuse_optimizer(trainer)
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"X-SAM does not support torch.nn.DataParallel, which Trainer uses for {trainer.args.n_gpu} GPUs in one "
+            "process. Start the script with `accelerate launch` (DistributedDataParallel), or show it one GPU with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "X-SAM does not support DeepSpeed (args.deepspeed or the launcher sets it): under Accelerate its optimizer "
+            f"steps inside the backward pass, before X-SAM has its second gradient. {INSTEAD_OF_DEEPSPEED}"
+        )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "X-SAM does not support models that from_pretrained sharded (distributed_config, tp_plan). Load the model "
+            f"whole and let the Trainer shard it: {FSDP2}."
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    for dimension in ("tp", "cp", "sp"):
+        if getattr(parallelism, f"{dimension}_size", 1) > 1:
+            raise ValueError(
+                f"X-SAM does not support {dimension}_size > 1 in parallelism_config (tensor, context and sequence "
+                f"parallelism). Use data parallelism alone: dp_shard_size and dp_replicate_size, or {FSDP2}."
+            )
+    if trainer.is_fsdp_enabled:
+        _refuse_under_fsdp(trainer, config)
+    _refuse_unsupported_trl(trainer)
+
+
+def _refuse_under_fsdp(trainer: "Trainer", config: "XSAMConfig") -> None:
+    version = trainer.accelerator.state.fsdp_plugin.fsdp_version
+    if version != 2:
+        raise ValueError(f"X-SAM does not support FSDP{version}, which is deprecated. Use FSDP2: {FSDP2}.")
+    if isinstance(trainer.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        raise ValueError(
+            "X-SAM does not support parameters that FSDP2 offloads to the CPU: set fsdp_offload_params to false in "
+            "accelerate's configuration, offload_params in fsdp_config."
+        )
+    if config.hvp == "exact":
+        raise ValueError(
+            "XSAMConfig.hvp is 'exact', but parameters sharded by FSDP have no second derivative. "
+            "Use hvp='finite_difference' or hvp='auto'."
+        )
+    if config.ascent == "local":
+        raise ValueError(
+            "XSAMConfig.ascent is 'local', but under FSDP a process has no whole gradient of its own. "
+            "Use ascent='global', or DistributedDataParallel."
+        )
+
+
+def _refuse_unsupported_trl(trainer: "Trainer") -> None:
+    classes = type(trainer).__mro__
+    method = next((kind for kind in classes if kind.__module__.split(".")[0] == "trl"), None)
+    if method is None:
+        return
+    if method.__name__ not in TRL_TRAINERS:
+        raise ValueError(
+            f"X-SAM does not support TRL's {method.__name__}, only {', '.join(TRL_TRAINERS)}: it runs a step several "
+            "times on the same data, and a step that generates its data, or updates a state, is not the same twice."
+        )
+    if not any(kind.__module__ == "hf_xsam.integrations.trl" for kind in classes):
+        raise ValueError(
+            f"TRL's {method.__name__} counts tokens and metrics in its loss, and X-SAM would have them counted several "
+            f"times a step. Use XSAM{method.__name__} of hf_xsam.integrations.trl, or for a subclass of yours its "
+            "XSAMTRLTrainerMixin in place of XSAMTrainerMixin."
+        )
+
+
+def refuse_optimizer(trainer: "Trainer") -> None:
+    """Raise where the trainer's optimizer steps within backward passes, or trains a loss's parameters too.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    assert trainer.optimizer is not None
+    assert isinstance(trainer.model, nn.Module)
+    if (name := type(trainer.optimizer).__name__) in STEPS_INSIDE_BACKWARD:
+        raise _steps_inside_backward(name)
+    known = {id(parameter) for parameter in trainer.model.parameters()}
+    trained = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    if foreign := [parameter for parameter in trained if id(parameter) not in known]:
+        raise ValueError(
+            f"The optimizer trains {len(foreign)} parameters that are not the model's, the first of shape "
+            f"{tuple(foreign[0].shape)}, which X-SAM would neither perturb nor correct: make their module a part of "
+            "the model, or leave them to the stock trainer."
+        )
+
+
+def _steps_inside_backward(name: str) -> ValueError:
+    return ValueError(
+        f"{name} updates the weights inside the backward pass, before X-SAM has its second gradient. "
+        "Use an optimizer that updates in step(), such as optim='adamw_torch' or optim='galore_adamw'."
+    )
+
+
+def obstacle_in_arguments(args: "TrainingArguments") -> str | None:
+    """Return what in a trainer's arguments is in the way of exact products, or None."""
+    if getattr(args, "activation_offloading", False):  # TRL's
+        return "activation_offloading lets what a forward pass saves be read once, a second derivative reads it twice"
+    return None
+
+
+def hidden_parameters(loss: Tensor) -> str | None:
+    """Return why the graph of `loss` lacks parameters that it is computed from, or None: reentrant checkpointing."""
+    if REENTRANT_CHECKPOINT in _python_functions_in_graph(loss):
+        return (
+            "gradient checkpointing has a second derivative only with "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+    return None
+
+
+def untrusted_operation(loss: Tensor) -> str | None:
+    """Return what in the graph of `loss` may have a wrong second derivative without a word, or None.
+
+    Python-defined operations may: fused kernels such as FlashAttention's and Liger's.
+    """
+    for name in _python_functions_in_graph(loss):
+        if name not in (*TWICE_DIFFERENTIABLE, REENTRANT_CHECKPOINT):
+            return f"the second derivative of the Python-defined operation {name} cannot be trusted"
+    return None
+
+
+def double_backward_obstacle(loss: Tensor, parameters: Sequence[Tensor]) -> str | None:
+    """Return why the Hessian-vector product of `loss` cannot be had by double backward, or None if it can."""
+    if not loss.requires_grad:
+        return None  # it uses none of `parameters`, and all others are frozen
+    try:
+        gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        curved = [g for g in gradient if g is not None and g.requires_grad]
+        second: tuple[Tensor | None, ...] = ()
+        if curved:
+            second = torch.autograd.grad(curved, parameters, [torch.zeros_like(g) for g in curved], allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return first_line(error)
+    # Seen with layer norms of float16 weights, whose second derivative has the third power of 1 / deviation. Where the
+    # first one is not finite either, it says nothing.
+    if _finite(gradient) and not _finite(second):
+        return f"the second derivative overflows in {curved[0].dtype}"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _finite(tensors: Sequence[Tensor | None]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
+
+
+def _python_functions_in_graph(loss: Tensor) -> list[str]:
+    stack, seen = [loss.grad_fn], {loss.grad_fn}
+    names: list[str] = []
+    while stack:
+        node = stack.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            names.append(node.name())
+        for following, _ in node.next_functions if node is not None else ():
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return names

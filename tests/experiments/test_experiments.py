@@ -1,0 +1,344 @@
+"""The experiments: which runs there are, what survives an interruption, a failure, and the report's arithmetic."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import protocol
+import psutil
+import pytest
+import report
+import run
+import tasks
+import training
+from cost import CostJob, long_epochs, operations
+from protocol import chosen_settings, is_done, read, reporting_jobs, tuning_jobs, write
+from scipy import stats
+from training import ALL_MODES, MODES, Job
+
+ROOT = Path(__file__).parents[2]
+DIGITS = tasks.TASKS["digits_cnn"]
+
+
+def start(*options):
+    command = [sys.executable, str(ROOT / "experiments" / "run.py"), *map(str, options)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def results_in(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.json") if path.is_file()}
+
+
+def wait_until(condition, process):
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return found
+
+
+def lines_of_runs(output):
+    return [line.split("] ")[1].split(": ")[0] for line in output.splitlines() if line.startswith("[")]
+
+
+class TestJobs:
+    @pytest.mark.parametrize("name", tasks.TASKS)
+    def test_each_mode_is_tuned_with_as_many_runs(self, name):
+        jobs = tuning_jobs(name, ALL_MODES)
+        assert set(Counter(job.mode for job in jobs).values()) == {6 * len(tasks.TASKS[name].tuning_seeds)}
+        assert {job.mode for job in jobs} == set(MODES)
+        assert len({job.path(Path()) for job in jobs}) == len(jobs)
+
+    def test_a_seed_is_finished_before_the_next(self, tmp_path):
+        jobs, waiting = reporting_jobs("digits_cnn", "fixed", ["stock", "sam", "paper"], [3, 1], tmp_path)
+        expected = [(seed, mode) for seed in (3, 1) for mode in ("stock", "sam", "paper")]
+        assert [(job.seed, job.mode) for job in jobs] == expected
+        assert waiting == []
+        assert {(job.learning_rate, job.rho) for job in jobs} == {(0.05, None), (0.05, 0.05)}
+
+    def test_longer_runs_wait_for_the_cost(self, tmp_path):
+        modes = ["sam", "stock_long", "sam_long"]
+        jobs, waiting = reporting_jobs("digits_cnn", "fixed", modes, [0], tmp_path)
+        assert [job.mode for job in jobs] == ["sam"]
+        assert waiting == ["stock_long", "sam_long"]
+        cost = {"relative_cpu_seconds": {"stock": 1.0, "sam": 2.0, "paper": 4.5}}
+        write(CostJob("digits_cnn").path(tmp_path), cost)
+        jobs, waiting = reporting_jobs("digits_cnn", "fixed", modes, [0], tmp_path)
+        assert {job.mode: job.epochs for job in jobs} == {"sam": 40, "stock_long": 180, "sam_long": 90}
+        assert long_epochs(1, "sam_long", cost) == 2.25
+
+    def test_the_corrections_keep_the_library_s_eigenvector_and_differ_from_sam_alone(self):
+        default = training.XSAMConfig().to_dict()
+        for mode, fields in MODES.items():
+            if fields is not None:
+                xsam = Job("digits_cnn", "fixed", mode, 0, 0.05, 0.1, 40).settings()["xsam"]
+                assert xsam == {**default, "rho": 0.1, **fields}
+
+    def test_seeds_for_tuning_are_not_reported(self, capsys):
+        with pytest.raises(SystemExit):
+            run.parse(["--tasks", "digits_cnn", "--seeds", "0", "101"])
+        assert "--seeds has [101], which the settings are chosen by" in capsys.readouterr().err
+
+
+class TestChoice:
+    def finish(self, results, job, value, loss):
+        record = {"settings": job.settings(), "metrics": {"validation": {"accuracy": value, "loss": loss}}}
+        write(job.path(results), record)
+
+    def test_best_mean_then_loss(self, tmp_path):
+        jobs = tuning_jobs("digits_cnn", ["sam"])
+        assert chosen_settings(jobs, tmp_path, DIGITS) is None
+        for job in jobs:
+            self.finish(tmp_path, job, 0.5, 1.0)
+        best = [job for job in jobs if (job.learning_rate, job.rho) == (0.05, 0.1)]
+        self.finish(tmp_path, best[0], 0.9, 1.0)
+        self.finish(tmp_path, best[1], 0.7, 1.0)
+        # The best single run belongs to a worse mean; the same mean has a higher loss; one diverged.
+        unsteady = [job for job in jobs if (job.learning_rate, job.rho) == (0.2, 0.05)]
+        self.finish(tmp_path, unsteady[0], 0.99, 1.0)
+        same = [job for job in jobs if (job.learning_rate, job.rho) == (0.2, 0.1)]
+        self.finish(tmp_path, same[0], 0.9, 1.1)
+        self.finish(tmp_path, same[1], 0.7, 1.1)
+        self.finish(tmp_path, jobs[0], math.nan, math.nan)
+        assert chosen_settings(jobs, tmp_path, DIGITS) == (0.05, 0.1)
+        best[1].path(tmp_path).unlink()
+        assert chosen_settings(jobs, tmp_path, DIGITS) is None
+        assert reporting_jobs("digits_cnn", "tuned", ["sam"], [0], tmp_path) == ([], ["sam"])
+
+    def test_lower_perplexity_is_better(self, tmp_path):
+        task = tasks.TASKS["movie_text_lora"]
+        jobs = tuning_jobs("movie_text_lora", ["stock"])
+        for job in jobs:
+            value = {5e-4: 50.0, 4e-3: None}.get(job.learning_rate, 60.0)
+            write(job.path(tmp_path), {"metrics": {"validation": {"perplexity": value, "loss": 1.0}}})
+        assert chosen_settings(jobs, tmp_path, task) == (5e-4, None)
+
+
+class TestFiles:
+    job = Job("digits_cnn", "fixed", "sam", 0, 0.05, 0.05, 40)
+
+    def test_a_result_under_other_settings_is_refused(self, tmp_path):
+        assert not is_done(self.job, tmp_path)
+        write(self.job.path(tmp_path), {"settings": self.job.settings()})
+        assert is_done(self.job, tmp_path)
+        other = Job("digits_cnn", "fixed", "sam", 0, 0.05, 0.1, 41)
+        with pytest.raises(ValueError, match=r"0\.json was run with other settings \(epochs, xsam\)\. Delete it"):
+            is_done(other, tmp_path)
+
+    def test_numbers_that_are_not_finite_become_null(self, tmp_path):
+        write(tmp_path / "a.json", {"a": [math.nan, math.inf, 1.5], "b": {"c": -math.inf}})
+        assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, None, 1.5], "b": {"c": None}}
+
+    def test_what_cannot_be_written_leaves_nothing(self, tmp_path):
+        (tmp_path / "a.json" / "full").mkdir(parents=True)
+        with pytest.raises(OSError, match=r"a\.json"):
+            write(tmp_path / "a.json", {})
+        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_wrong_labels():
+    labels = np.random.default_rng(0).integers(0, 10, 1077).tolist()
+    changed = tasks.with_wrong_labels(labels, 0.1, 10, seed=1)
+    assert sum(a != b for a, b in zip(labels, changed, strict=True)) == 108
+    assert set(changed) == set(range(10))
+    assert changed == tasks.with_wrong_labels(labels, 0.1, 10, seed=1)
+    assert changed != tasks.with_wrong_labels(labels, 0.1, 10, seed=2)
+    assert tasks.with_wrong_labels([0, 1, 1, 0], 1.0, 2, seed=0) == [1, 0, 0, 1]
+    assert tasks.with_wrong_labels(labels, 0.0, 10, seed=1) == labels
+
+
+class TestReport:
+    def test_against_scipy(self):
+        draw = np.random.default_rng(0)
+        for n in (2, 3, 5, 10):
+            ours, theirs = draw.normal(size=(2, n))
+            difference = report.paired_difference(dict(enumerate(ours)), dict(enumerate(theirs)))
+            reference = stats.ttest_rel(ours, theirs)
+            interval = reference.confidence_interval(0.95)
+            assert difference.n == n
+            np.testing.assert_allclose(difference[1:], [np.mean(ours - theirs), interval.low, interval.high], rtol=1e-9)
+            assert (difference.verdict != "not told apart") == (reference.pvalue < 0.05)
+            np.testing.assert_allclose(report.mean_and_deviation(ours), [ours.mean(), ours.std(ddof=1)])
+
+    def test_by_hand(self):
+        # Differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.302653, so 2 -+ 4.302653 / sqrt(3).
+        difference = report.paired_difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0})
+        np.testing.assert_allclose(difference, [3, 2.0, -0.4841377, 4.4841377], rtol=1e-6)
+        assert difference.verdict == "not told apart"
+        assert report.paired_difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 0.0, 1: 2.1, 2: 3.9}).verdict == "higher"
+        assert report.paired_difference({0: 0.0, 1: 2.1, 2: 3.9}, {0: 2.0, 1: 4.0, 2: 6.0}).verdict == "lower"
+
+    def test_pairs_are_of_the_same_seed(self):
+        ours, theirs = {4: 10.0, 0: 1.0, 2: 3.0, 9: 100.0}, {0: 0.5, 7: -100.0, 2: 2.0, 4: 9.25}
+        difference = report.paired_difference(ours, theirs)
+        reference = stats.ttest_rel([1.0, 3.0, 10.0], [0.5, 2.0, 9.25]).confidence_interval(0.95)
+        np.testing.assert_allclose(difference, [3, 0.75, reference.low, reference.high])
+
+    def test_one_seed_decides_nothing(self):
+        assert report.paired_difference({0: 1.0}, {0: 2.0}).verdict == "too few seeds"
+        assert str(report.paired_difference({0: 1.0}, {0: 2.0})) == "-1"
+        assert report.paired_difference({0: 1.0}, {1: 2.0}).verdict == "too few seeds"
+
+    def record(self, results, mode, seed, accuracy, eigenvalue, part="fixed"):
+        job = Job("digits_cnn", part, mode, seed, 0.05, None if mode == "stock" else 0.05, 40)
+        record = {
+            "seed": seed,
+            "settings": job.settings(),
+            "metrics": {
+                "test": {"accuracy": accuracy, "loss": accuracy},
+                "top_eigenvalue": eigenvalue,
+                "loss_gap": 0.5,
+            },
+            "cost": {"steps": 680, "train_cpu_seconds": 10.0},
+        }
+        write(job.path(results), record)
+
+    def test_the_page(self, tmp_path):
+        results, page = tmp_path / "results", tmp_path / "experiments" / "README.md"
+        page.parent.mkdir()
+        page.write_text("before\n<!-- results: begin -->\nwhat was there before\n<!-- results: end -->\nafter\n")
+        (tmp_path / "README.md").write_text("<!-- experiments: begin --><!-- experiments: end -->")
+        arguments = ["--results", str(results), "--root", str(tmp_path)]
+        report.main(arguments)
+        assert "There are no results yet." in page.read_text()
+        for seed, (sam, paper) in enumerate([(4.0, 5.1), (4.2, 5.2), (4.1, 5.3)]):
+            self.record(results, "sam", seed, 0.90 + 0.01 * seed, sam)
+            self.record(results, "paper", seed, 0.90 - 0.01 * seed, paper)
+            self.record(results, "aligned_1", seed, 0.91 + 0.011 * seed, sam - 1)
+        self.record(results, "paper", 7, 0.1, None)
+        report.main(arguments)
+        text = page.read_text()
+        assert text.startswith("before\n<!-- results: begin -->\n")
+        assert text.endswith("<!-- results: end -->\nafter\n")
+        assert "what was there before" not in text
+        rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+        found = {row[2]: row[3:] for row in rows if row[0] == "digits_cnn" and row[3] == "top_eigenvalue"}
+        interval = stats.ttest_rel([5.1, 5.2, 5.3], [4.0, 4.2, 4.1]).confidence_interval(0.95)
+        shown = f"+1.1 [{interval.low:+.3g}, {interval.high:+.3g}]"
+        assert found["paper less sam"] == ["top_eigenvalue", shown, "3", "higher", "the opposite"]
+        assert found["aligned_1 less paper"][2:] == ["3", "lower", "yes"]
+        accuracies = {row[2]: row[3:] for row in rows if row[0] == "digits_cnn" and row[3] == "accuracy"}
+        assert accuracies["paper less sam"][2:] == ["3", "not told apart", "open"]
+        assert accuracies["aligned_1 less sam"][2:] == ["3", "higher", "yes"]
+        assert next(row for row in rows if row[0] == "paper")[4] == "0.69 ± 0.40"
+        assert b"<svg" in (page.parent / "results.svg").read_bytes()
+        report.main(arguments)
+        assert page.read_text() == text
+
+    def test_the_overview_has_tasks_with_five_seeds_of_each_mode(self, tmp_path):
+        for mode in report.LABELS:
+            for seed in range(5):
+                self.record(tmp_path, mode, seed, 0.9 + seed / 100, 40.0 + 10 * seed, part="tuned")
+        head, _, *rows = report.short(report.load_all(tmp_path)).splitlines()
+        assert head == f"|  | {report.TITLES['digits_cnn']} |"
+        assert rows[0] == "| stock Trainer | 0.920 ± 0.016, 60 ± 16 |"
+        assert len(rows) == len(report.LABELS)
+        Job("digits_cnn", "tuned", "sam_long", 4, 0.05, 0.05, 40).path(tmp_path).unlink()
+        assert "digits" not in report.short(report.load_all(tmp_path))
+
+    def test_a_page_without_markers_is_refused(self, tmp_path):
+        (tmp_path / "experiments").mkdir()
+        (tmp_path / "experiments" / "README.md").write_text("text")
+        with pytest.raises(ValueError, match=r"README\.md has the markers .*results: begin.* 0 times"):
+            report.main(["--results", str(tmp_path), "--root", str(tmp_path)])
+
+    def test_the_committed_pages_are_of_the_committed_results(self):
+        for page, text in report.pages(report.load_all(report.RESULTS), report.RESULTS, report.ROOT).items():
+            assert page.read_text(encoding="utf-8") == text
+
+
+def test_failed_interrupted_killed_and_run_again(tmp_path):
+    options = ["--tasks", "digits_cnn", "--modes", "sam", "--seeds", 0, "--epochs", 0.5, "--workers", 1]
+    options += ["--results", tmp_path]
+    jobs = tuning_jobs("digits_cnn", ["sam"], 0.5)
+
+    # The first job's result cannot be written, the second one's process is killed; the others go on, until Ctrl-C.
+    in_the_way = jobs[0].path(tmp_path) / "full"
+    in_the_way.mkdir(parents=True)
+    process = start(*options)
+    assert process.stdout.readline() == "0 of 12 runs have results.\n"
+    assert f"[1/12] {jobs[0]}: FAILED (IsADirectoryError" in process.stdout.readline()
+    wait_until(lambda: psutil.Process(process.pid).children(), process)[0].kill()
+    assert f"[2/12] {jobs[1]}: FAILED (The process ended with exit code -9.)" in process.stdout.readline()
+    wait_until(lambda: results_in(tmp_path), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "Interrupted. The same command goes on from here."
+    assert "Traceback" not in errors
+    failures = sorted(tmp_path.rglob("*.error.txt"))
+    assert failures == sorted(run.error_path(job, tmp_path) for job in jobs[:2])
+    first = results_in(tmp_path)
+
+    # The command itself is killed, and its worker ends with it.
+    process = start(*options)
+    wait_until(lambda: len(results_in(tmp_path)) > len(first), process)
+    worker = wait_until(lambda: psutil.Process(process.pid).children(), process)
+    process.kill()
+    process.communicate()
+    assert psutil.wait_procs(worker, timeout=60)[1] == []
+    second = results_in(tmp_path)
+
+    in_the_way.rmdir()
+    in_the_way.parent.rmdir()
+    process = start(*options)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    final = results_in(tmp_path)
+    assert len(final) == len(jobs) + 1
+    assert first.items() <= second.items() <= final.items()
+    assert len(lines_of_runs(output)) == len(set(lines_of_runs(output))) == len(final) - len(second)
+    assert list(tmp_path.rglob("*.error.txt")) == []
+    record = read(tmp_path / "digits_cnn" / "tuned" / "sam" / "0.json")
+    assert (record["settings"]["learning_rate"], record["settings"]["xsam"]["rho"]) == chosen_settings(
+        jobs, tmp_path, DIGITS
+    )
+    assert set(read(jobs[0].path(tmp_path))["metrics"]) == {"validation"}
+    assert set(record["metrics"]) == {"validation", "test", "train", "loss_gap", "top_eigenvalue"}
+    assert record["cost"]["forward_passes"] == 2 * record["cost"]["steps"]
+
+    # Another mode beside it, in this process, and the report of both.
+    job = Job("digits_cnn", "tuned", "aligned_1", 0, 0.05, 0.05, 2)
+    write(job.path(tmp_path), job.run())
+    found = read(job.path(tmp_path))
+    metrics, cost = found["metrics"], found["cost"]
+    assert found["settings"]["xsam"]["correction"] == "aligned"
+    assert cost["steps"] == 2 * math.ceil(1077 / 64)
+    assert cost["forward_passes"] > 2 * cost["steps"]
+    assert metrics["top_eigenvalue"] > 0
+    assert metrics["loss_gap"] == metrics["test"]["loss"] - metrics["train"]["loss"]
+    assert metrics["test"]["accuracy"] > 0.5
+    assert len(found["commit"]) >= 40
+    assert found["versions"]["torch"]
+    runs = report.load(tmp_path, "digits_cnn", "tuned")
+    assert list(runs) == ["sam", "aligned_1"]
+    assert f"| {metrics['test']['accuracy']:.4g} | {metrics['top_eigenvalue']:.4g} |" in report.summary(
+        "digits_cnn", runs
+    )
+
+
+def test_a_run_that_diverged_has_a_result(tmp_path):
+    job = Job("digits_cnn", "fixed", "sam", 0, 1e20, 0.05, 0.1)
+    write(job.path(tmp_path), job.run())
+    metrics = read(job.path(tmp_path))["metrics"]
+    assert metrics["train"]["loss"] is None
+    assert metrics["top_eigenvalue"] is None
+
+
+def test_the_cost_of_a_step_counts_both_passes_of_sam():
+    counted = {mode: operations(job) for mode, job in CostJob("digits_cnn").jobs().items()}
+    assert counted["sam"] == 2 * counted["stock"]
+    # Of 680 steps 84 refresh: one in 10, and 16 more. A product takes 3.2 forward and backward passes of half a batch.
+    assert counted["paper"] / counted["stock"] == pytest.approx(2.195, abs=0.005)
+
+
+def test_default_modes():
+    assert protocol.default_modes(DIGITS) == ALL_MODES
+    assert "paper_norm_kept" not in protocol.default_modes(tasks.TASKS["movies"])

@@ -1,0 +1,175 @@
+"""Hessian-vector products and power iteration against dense Hessians, Lanczos and double backward."""
+
+import math
+
+import pytest
+import torch
+from scipy.sparse.linalg import LinearOperator, eigsh
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_xsam.functional.power_iteration import (
+    exact_hessian_vector_product,
+    finite_difference_hessian_vector_product,
+    finite_difference_step,
+    power_iteration,
+    random_unit_vector,
+)
+from hf_xsam.functional.tensors import dot, norm, scale
+from hf_xsam.step.replay import gradients
+from tests.cases import TRANSFORMERS, tanh_network
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def matrix_product(matrix):
+    return lambda vector: [matrix @ vector[0]]
+
+
+def symmetric(eigenvalues, seed=0):
+    torch.manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), dtype=torch.double))
+    return basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.double)) @ basis.T, basis[:, 0]
+
+
+@pytest.mark.parametrize("keep_graph", [True, False])
+def test_exact_product_equals_the_dense_hessian(keep_graph):
+    network, _ = tanh_network()
+    parameters = [*network.parameters(), torch.nn.Parameter(torch.zeros(2, dtype=torch.double))]
+    names = [name for name, _ in network.named_parameters()]
+    sizes = [p.numel() for p in network.parameters()]
+    start = flat([p.detach() for p in network.parameters()])
+
+    x, y = torch.randn(6, 4, dtype=torch.double), torch.randint(0, 3, (6,))
+
+    def data_loss(weights):
+        parts = {n: w.view_as(p) for n, w, p in zip(names, weights.split(sizes), network.parameters(), strict=True)}
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(network, parts, (x,)), y)
+
+    hessian = torch.func.hessian(data_loss)(start)
+    halves = [(x[:2], y[:2], 1 / 3), (x[2:], y[2:], 2 / 3)]
+
+    def losses():
+        return (w * torch.nn.functional.cross_entropy(network(a), b) for a, b, w in halves)
+
+    product = exact_hessian_vector_product(losses, parameters, keep_graph)
+    for seed in range(3):
+        vector = random_unit_vector(parameters, seed)
+        result = product(vector)
+        torch.testing.assert_close(flat(result[:-1]), hessian @ flat(vector[:-1]), rtol=0, atol=1e-12)
+        assert torch.equal(result[-1], torch.zeros(2, dtype=torch.double))
+
+
+@pytest.mark.parametrize("build", TRANSFORMERS)
+@pytest.mark.parametrize("direction", ["gradient", "top", "random"])
+def test_finite_difference_agrees_with_exact(build, direction):
+    torch.manual_seed(0)
+    model, batch = build()
+    model.eval()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def losses():
+        with sdpa_kernel(SDPBackend.MATH):
+            yield model(**batch).loss
+
+    def gradient_here():
+        model.zero_grad()
+        model(**batch).loss.backward()
+        return [g.clone() for g in gradients(parameters)]
+
+    gradient = gradient_here()
+    step = finite_difference_step(parameters, torch.float32)
+    numeric = finite_difference_hessian_vector_product(gradient_here, parameters, gradient, step)
+    vector = random_unit_vector(parameters, 0)
+    if direction == "gradient":
+        vector = scale(1 / norm(gradient), gradient)
+    elif direction == "top":
+        vector = power_iteration(exact_hessian_vector_product(losses, parameters, True), vector, 10).vector
+    difference = numeric(vector)
+    # Built after the weights have moved and come back: a graph does not survive that.
+    reference = exact_hessian_vector_product(losses, parameters, keep_graph=False)(vector)
+    error = norm([x - y for x, y in zip(difference, reference, strict=True)]) / norm(reference)
+    assert error < (0.02 if direction == "random" else 0.005)
+
+
+def test_power_iteration_matches_lanczos():
+    network, loss = tanh_network()
+    parameters = list(network.parameters())
+    product = exact_hessian_vector_product(lambda: [loss()], parameters, keep_graph=True)
+    sizes = [p.numel() for p in parameters]
+
+    def matvec(vector):
+        parts = torch.as_tensor(vector).flatten().split(sizes)
+        return flat(product([part.view_as(p) for part, p in zip(parts, parameters, strict=True)])).numpy()
+
+    operator = LinearOperator((sum(sizes),) * 2, matvec=matvec, dtype=float)
+    value, vector = eigsh(operator, k=1, which="LA")
+    estimate = power_iteration(product, random_unit_vector(parameters, 0), 300)
+    assert abs(flat(estimate.vector) @ torch.as_tensor(vector[:, 0])) > 0.999
+    assert estimate.value.item() == pytest.approx(value[0], rel=0.01)
+    assert norm(estimate.vector).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("others", [[-3.0, 0.5, 0.1, -0.2], [-1.2, -0.9, 0.3], [-10.0, -9.0, 0.9]])
+@pytest.mark.parametrize("iterations", [400, 5, 1])
+def test_top_eigenvalue_though_the_largest_is_negative(others, iterations):
+    matrix, top = symmetric([1.0, *others, *[0.0] * 20])
+    vector, shift = [torch.nn.functional.normalize(torch.randn(len(matrix), dtype=torch.double), dim=0)], None
+    for _ in range(400 // iterations):
+        vector, value, shift = power_iteration(matrix_product(matrix), vector, iterations, shift)
+    assert abs(vector[0] @ top) > 0.999
+    assert value.item() == pytest.approx(1.0, rel=0.01)
+
+
+def test_plain_iteration_where_the_top_dominates():
+    matrix, top = symmetric([3.0, -1.0, 0.5, 0.1])
+    vector = torch.nn.functional.normalize(top + torch.randn(4, dtype=torch.double), dim=0)
+    start = [vector]
+    for _ in range(5):
+        vector = torch.nn.functional.normalize(matrix @ vector, dim=0)
+    estimate = power_iteration(matrix_product(matrix), start, 5)
+    torch.testing.assert_close(estimate.vector[0], vector, rtol=0, atol=1e-12)
+    assert estimate.shift == 0
+
+
+def test_a_product_of_zero_leaves_the_vector():
+    start = random_unit_vector([torch.zeros(3), torch.zeros(2, 2)], 0)
+    estimate = power_iteration(lambda vector: [torch.zeros_like(x) for x in vector], start, 3)
+    assert all(torch.equal(x, y) for x, y in zip(estimate.vector, start, strict=True))
+    assert estimate.value == 0
+    assert estimate.is_finite()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_eigenvector_of_the_shift_itself_stays(seed):
+    start = random_unit_vector([torch.zeros(5)], seed)
+    estimate = power_iteration(lambda vector: [-2.3 * x for x in vector], start, 3, momentum=0.3)
+    assert estimate.is_finite()
+    assert norm(estimate.vector).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("iteration", [0, 1, 2])
+def test_one_product_that_is_not_finite_shows(bad, iteration):
+    calls = iter(range(3))
+
+    def product(vector):
+        poisoned = [x.clone() for x in vector]
+        if next(calls) == iteration:
+            poisoned[0][0] = bad
+        return poisoned
+
+    assert not power_iteration(product, random_unit_vector([torch.zeros(3), torch.zeros(2, 2)], 0), 3).is_finite()
+
+
+def test_random_unit_vector_leaves_the_global_generator():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = random_unit_vector([torch.zeros(30), torch.zeros(2, 2, dtype=torch.bfloat16)], 7)
+    assert torch.equal(torch.rand(3), expected)
+    again = random_unit_vector([torch.zeros(30), torch.zeros(2, 2, dtype=torch.bfloat16)], 7)
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert {x.dtype for x in first} == {torch.float32}
+    assert dot(first, first).item() == pytest.approx(1, abs=1e-6)
