@@ -22,13 +22,13 @@ NOT_WRITTEN = "XSAMTrainer writes it beside each model that it saves; for one wi
 class XSAMConfig:
     """Settings of X-SAM (arXiv 2601.10251).
 
-    The defaults are the paper's update with a cheaper estimate of the eigenvector; [`XSAMConfig.paper`] has the
-    authors' estimate as well.
+    The defaults are the paper's update with a radius for finetuning and a cheaper estimate of the eigenvector;
+    [`XSAMConfig.paper`] has the authors' radius and estimate.
 
     Parameters that control the perturbation:
-        rho (`float`, *optional*, defaults to 0.05):
+        rho (`float`, *optional*, defaults to 0.01):
             Radius of the perturbation, at least 0. The paper uses 0.05 and 0.1 for CNNs from scratch;
-            finetuning wants less (the README's recipe: 0.01).
+            finetuning needs less.
         adaptive (`bool`, *optional*, defaults to `False`):
             Scale the perturbation by the weights (ASAM, arXiv 2102.11600). Its rho is 10 to 40 times larger.
         rho_warmup_steps (`int`, *optional*, defaults to 0):
@@ -75,11 +75,16 @@ class XSAMConfig:
             The parameters that the eigenvector spans, and that it corrects the gradient of: values as for
             `perturb_scope`.
 
+    Parameters that control the logs:
+        log_metrics (`str`, *optional*, defaults to `"summary"`):
+            `"summary"` logs `xsam/eigenvalue`, `xsam/angle_degrees` and `xsam/sharpness`, and `xsam/skipped_steps`
+            where there are any; `"all"` logs every metric.
+
     Raises:
         ValueError: for a value that is not allowed; the message names the field, the value and what is.
     """
 
-    rho: float = field(default=0.05, metadata={"help": "Radius of the perturbation, >= 0."})
+    rho: float = field(default=0.01, metadata={"help": "Radius of the perturbation, >= 0."})
     adaptive: bool = field(default=False, metadata={"help": "Scale the perturbation by the weights (ASAM)."})
     rho_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps over which rho grows linearly from 0, >= 0."}
@@ -123,6 +128,9 @@ class XSAMConfig:
     eigen_scope: str = field(
         default="trainable",
         metadata={"help": "What the eigenvector spans: 'trainable', 'lora', 'norm', or a regular expression on names."},
+    )
+    log_metrics: Literal["summary", "all"] = field(
+        default="summary", metadata={"help": "Log the eigenvalue, its angle and the sharpness, or every metric."}
     )
 
     def __post_init__(self) -> None:
@@ -170,11 +178,12 @@ class XSAMConfig:
     def paper(cls, **settings: Any) -> "XSAMConfig":
         """Return the paper's settings, its authors' estimate of the eigenvector included; `settings` overrule them.
 
-        Every 5 steps, 5 power iterations on all of the step's examples, which cost about as much as SAM's two passes.
-        As in the authors' code, the steps before the first interval is over are SAM's.
+        rho is 0.05, and every 5 steps there are 5 power iterations on all of the step's examples, which cost about as
+        much as SAM's two passes. As in the authors' code, the steps before the first interval is over are SAM's.
         """
         interval = settings.get("eigen_interval", 5)
         authors = {
+            "rho": 0.05,
             "eigen_interval": interval,
             "eigen_start_step": interval,
             "eigen_warmup_steps": 0,

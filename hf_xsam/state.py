@@ -1,11 +1,12 @@
 """What X-SAM carries from one optimizer step to the next."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .functional.power_iteration import Eigenpair
 from .functional.tensors import is_sharded, norm, reciprocal_or_zero, scale, shard_like, wide_dtype
 
 
@@ -32,6 +33,11 @@ class XSAMState:
     step: int = 0
     refreshed_at: int | None = None
     skipped_steps: int = 0
+
+    def take(self, estimate: Eigenpair, names: Iterable[str], step: int) -> None:
+        """Keep what the refresh of optimizer step `step` has found, over the parameters of these names."""
+        self.eigenvector = dict(zip(names, estimate.vector, strict=True))
+        self.eigenvalue, self.shift, self.refreshed_at = estimate.value, estimate.shift, step
 
     def eigenvector_over(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the eigenvector's part for each of `parameters`: a 0-dimensional zero where it has none."""

@@ -2,44 +2,39 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from .config import XSAMConfig
 from .functional.correction import correction_factors
 from .functional.perturbation import ascent_perturbation, perturbed
-from .functional.power_iteration import first_vector, power_iteration, random_unit_vector
-from .functional.tensors import dot, is_sharded, norm, set_to_combination
+from .functional.power_iteration import first_vector
+from .functional.tensors import dot, norm, set_to_combination
 from .saving.checkpoint import last_complete_checkpoint, load_state, save_state
 from .saving.hub import PushCallback, refusal_explained
 from .saving.model_card import complete_model_card, prepare_adapter_card
 from .state import XSAMState
-from .step.curvature import Loss, choose_method, hessian_vector_product, mean_loss
-from .step.logs import Advice, RunningMeans, alignment
-from .step.precision import all_finite, holds_everywhere, leave_harmless_gradient, loss_scale
-from .step.refusals import obstacle_in_arguments, refuse_optimizer, refuse_unsupported
-from .step.replay import (
-    MicroBatch,
-    Replay,
-    copied,
-    evaluating,
-    gradients,
-    gradients_set_aside,
-    reshard,
-    with_gradient,
-)
+from .step.curvature import Curvature, top_eigenpair
+from .step.double_backward import Method, obstacle_in_arguments
+from .step.gradients import gradient_norm, gradients, gradients_set_aside, with_gradient
+from .step.logs import SKIPPED_STEPS, Advice, RunningMeans, alignment, chosen_metrics
+from .step.precision import loss_scale
+from .step.processes import all_finite, holds_everywhere
+from .step.refusals import refuse_optimizer, refuse_unsupported
+from .step.replay import MicroBatch, Window
 from .step.scope import in_scope, parameters_in_scope, trainable_parameters
-from .step.side_effects import Buffers, RandomState, devices_of, logs_dropped, side_effects_undone
+from .step.side_effects import Buffers, RandomState, copied, devices_of, logs_dropped, side_effects_undone
 
 if TYPE_CHECKING:
     _Trainer = Trainer  # what the mixin stands in front of
 else:
     _Trainer = object
+
+
+Parameters = Mapping[str, nn.Parameter]
 
 
 class XSAMTrainerMixin(_Trainer):
@@ -48,8 +43,8 @@ class XSAMTrainerMixin(_Trainer):
     `class MyXSAMTrainer(XSAMTrainerMixin, MyTrainer)` works as `MyTrainer` does, with one more argument.
 
     Args:
-        xsam_config ([`XSAMConfig`], *optional*):
-            Settings of X-SAM; by default `XSAMConfig()`, the paper's update with a cheaper estimate of v.
+        xsam_config ([`XSAMConfig`] or `dict`, *optional*):
+            Settings of X-SAM, or some of its fields as a dictionary; by default `XSAMConfig()`.
         *args, **kwargs:
             Passed on to the trainer.
 
@@ -65,15 +60,19 @@ class XSAMTrainerMixin(_Trainer):
 
     rows_are_examples = True
 
-    def __init__(self, *args: Any, xsam_config: XSAMConfig | None = None, **kwargs: Any) -> None:
-        if not isinstance(xsam_config, XSAMConfig | None):
-            raise TypeError(f"xsam_config is a {type(xsam_config).__name__}; it must be an XSAMConfig.")
+    _xsam_window: Window | None  # what is gathered of the optimizer step under way
+    _xsam_hvp_method: Method | None  # chosen at the first product of a training, which shows what the model allows
+
+    def __init__(self, *args: Any, xsam_config: XSAMConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if isinstance(xsam_config, dict | None):
+            xsam_config = XSAMConfig.from_dict(xsam_config or {})
+        if not isinstance(xsam_config, XSAMConfig):
+            raise TypeError(f"xsam_config is a {type(xsam_config).__name__}; it must be an XSAMConfig or a dict.")
         super().__init__(*args, **kwargs)
-        self.xsam_config = XSAMConfig() if xsam_config is None else xsam_config
+        self.xsam_config = xsam_config
         self.xsam_state = XSAMState()
-        self._xsam_window: list[MicroBatch] = []
-        self._xsam_metrics, self._xsam_advice = RunningMeans(), Advice(self.xsam_config)
-        self._xsam_hvp_method: str | None = None  # chosen at the first product, which shows what the model allows
+        self._xsam_advice = Advice(self.xsam_config)
+        self._begin_afresh()
         refuse_unsupported(self, self.xsam_config)
         for field in ("perturb_scope", "eigen_scope"):
             self._parameters_in(field)  # a scope that matches nothing is refused now
@@ -88,24 +87,22 @@ class XSAMTrainerMixin(_Trainer):
         Returns:
             The stock step's loss, at the unperturbed weights.
         """
+        if self._xsam_window is None:
+            self._xsam_window = Window(self._step_again, self.accelerator, model, Buffers.capture(model))
+        window = self._xsam_window
         kept_inputs, random_state = copied(inputs), RandomState.capture(devices_of(model, self.args.device))
-        if not self._xsam_window:
-            self._xsam_buffers = Buffers.capture(model)
         try:
             with self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
             steps = getattr(self, "current_gradient_accumulation_steps", 1)  # the Trainer sets it in train()
-            self._xsam_window.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss, steps))
+            window.micro_batches.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss, steps))
             if self.accelerator.sync_gradients:
-                window, buffers = self._xsam_window, self._xsam_buffers
-                replay = Replay(self._step_again, self.accelerator, model, window, buffers)
+                self._xsam_window = None
                 with self._side_effects_undone(model):
-                    self._sharpness_aware_gradient(replay)
-                self._xsam_window = []
-                del self._xsam_buffers  # a copy that the next window does not need
+                    self._sharpness_aware_gradient(window)
                 self.xsam_state.step = self.state.global_step + 1
         except BaseException:
-            self._xsam_window = []
+            self._xsam_window = None
             model.zero_grad()
             raise
         return loss
@@ -125,134 +122,101 @@ class XSAMTrainerMixin(_Trainer):
         with logs_dropped(self), side_effects_undone(model, self.args.device):
             yield
 
-    def _sharpness_aware_gradient(self, replay: Replay) -> None:
+    def _sharpness_aware_gradient(self, window: Window) -> None:
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
-        config, step = self.xsam_config, self.state.global_step
         trainable = trainable_parameters(self._unwrapped_model())
         if self._nothing_learnt(trainable):
             self.xsam_state.skipped_steps += 1
             return
-        weights = list(self._parameters_in("perturb_scope").values())
-        gradient = gradients(weights)
-        unscaled, rho = 1 / loss_scale(self.accelerator), config.rho_at(step)
-        loss = torch.stack([micro_batch.loss for micro_batch in replay.micro_batches]).sum()
-        metrics = {"gradient_norm": norm(gradients(list(with_gradient(trainable).values()))) * unscaled}
-
-        refresh_is_due = config.refreshes_at(step, self.xsam_state.refreshed_at)
-        refresh_failed = refresh_is_due and not self._refresh_eigenvector(replay)
-        with perturbed(weights, ascent_perturbation(weights, gradient, rho, config.adaptive)) as realised:
-            del gradient  # its memory goes to the replay's
-            metrics["perturbed_loss"] = replay.run()
-        metrics["sharpness"] = metrics["perturbed_loss"] - loss
-        if realised is not None and rho > 0:
-            metrics["realised_perturbation"] = realised
-
-        # What the second pass did not reach stays without a gradient, as it would in the stock Trainer.
-        parameters = with_gradient(trainable)
-        gradient = gradients(list(parameters.values()))
-        length = norm(gradient)
-        metrics["perturbed_gradient_norm"] = length * unscaled
-        scaler_skips = refresh_failed and self.accelerator.scaler is not None
-        if scaler_skips or not all_finite(self.accelerator, metrics.values()):
-            leave_harmless_gradient(replay, list(trainable.values()))
+        refreshed = self._refresh_eigenvector(window)
+        metrics = self._gradient_at_perturbed_weights(window, trainable)
+        if self._is_usable(metrics, refreshed):
+            self._xsam_metrics.add(metrics | self._correct(trainable, metrics["perturbed_gradient_norm"]))
+        else:
+            window.leave_harmless_gradient(list(trainable.values()))
             self.xsam_state.skipped_steps += 1
-            return
-        if config.corrects_at(step) and self.xsam_state.eigenvalue is not None:
-            eigenvector = self.xsam_state.eigenvector_over(parameters)
-            along = dot(gradient, eigenvector)
-            metrics |= {"eigenvalue": self.xsam_state.eigenvalue, **alignment(along, length)}
-            size, change = correction_factors(length, along, config.alpha, config.correction, config.normalize_gradient)
-            # The optimizer's unscaling is still to come: a gradient of norm 1 needs the GradScaler's factor again.
-            factor = 1 / unscaled if config.normalize_gradient else torch.ones_like(unscaled)
-            set_to_combination(gradient, factor * size, eigenvector, factor * change)
-        self._xsam_metrics.add({f"xsam/{name}": value for name, value in metrics.items()})
 
-    def _nothing_learnt(self, trainable: Mapping[str, nn.Parameter]) -> bool:
+    def _nothing_learnt(self, trainable: Parameters) -> bool:
         """Return whether the window left no gradient: a training step may skip a batch, or its loss need no weight."""
         nothing = not with_gradient(trainable)
         if self.xsam_config.ascent == "local":  # else the gradient is that of all processes
             return holds_everywhere(self.accelerator, torch.tensor(nothing, device=self.args.device))
         return nothing
 
-    def _refresh_eigenvector(self, replay: Replay) -> bool:
-        """Run power iterations on the window's loss at the weights as they stand, from the last eigenvector.
+    def _refresh_eigenvector(self, window: Window) -> bool:
+        """Where it is due, run power iterations on the window's loss at w, from the last eigenvector.
 
         Returns:
-            Whether all was finite; if not, the state is left as it was and the next step tries again.
+            False where something was not finite: the state is left as it was, and the next step tries again.
         """
-        state, scope = self.xsam_state, self._parameters_in("eigen_scope")
-        parameters = list(scope.values())
-        gradient = gradients(parameters)
+        config, state, step = self.xsam_config, self.xsam_state, self.state.global_step
+        if not config.refreshes_at(step, state.refreshed_at):
+            return True
+        scope = self._parameters_in("eigen_scope")
+        gradient = gradients(list(scope.values()))
         if not all_finite(self.accelerator, [norm(gradient)]):
             return False
-        local = self.xsam_config.ascent == "local"
-        part = replay.part(self.xsam_config.eigen_batch_fraction, self.rows_are_examples)
-        loss = Loss(
-            terms=lambda: replay.losses(part),
-            gradient=lambda parameters: replay.gradient(parameters, synchronize=not local),
-            gradient_is_local=local,
-            single_term=len(part) == 1,
-        )
-        start = state.warm_start(scope)
-        if start is None:
-            whole = self.accelerator.reduce(gradient, reduction="mean") if local else gradient
-            start = first_vector(whole, self.args.seed)
-        momentum = self.xsam_config.eigen_momentum_at(self.state.global_step)
-        if self._xsam_hvp_method is None:
-            self._xsam_hvp_method = self._choose_method(loss, parameters)
-        model, method = self._unwrapped_model(), self._xsam_hvp_method
-        with hessian_vector_product(self.accelerator, method, loss, parameters, model, gradient) as product:
-            estimate = power_iteration(product, start, self.xsam_config.power_iterations, state.shift, momentum)
-        if not estimate.is_finite():
-            return False
-        state.eigenvector = dict(zip(scope, estimate.vector, strict=True))
-        state.eigenvalue, state.shift = estimate.value, estimate.shift
-        state.refreshed_at = self.state.global_step
-        return True
+        curvature = self._curvature(window, list(scope.values()))
+        start = state.warm_start(scope) or self._first_vector(gradient)
+        with gradients_set_aside(window.model):
+            estimate = curvature.top_eigenpair(
+                start, config.power_iterations, state.shift, config.eigen_momentum_at(step), gradient
+            )
+        self._xsam_hvp_method = curvature.method
+        if estimate.is_finite():
+            state.take(estimate, scope, step)
+            return True
+        return False
 
-    def _choose_method(self, loss: Loss, parameters: Sequence[Tensor]) -> str:
+    def _curvature(self, window: Window, parameters: Sequence[nn.Parameter]) -> Curvature:
+        config = self.xsam_config
+        loss = window.loss_of_part(config.eigen_batch_fraction, self.rows_are_examples, config.ascent != "local")
         obstacle = obstacle_in_arguments(self.args)
         model = self._unwrapped_model()
-        return choose_method(self.accelerator, self.xsam_config.hvp, loss, parameters, model, obstacle)
+        return Curvature(self.accelerator, model, parameters, loss, config.hvp, obstacle, self._xsam_hvp_method)
+
+    def _first_vector(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        if self.xsam_config.ascent == "local":
+            gradient = self.accelerator.reduce(gradient, reduction="mean")
+        return first_vector(gradient, self.args.seed)
+
+    def _gradient_at_perturbed_weights(self, window: Window, trainable: Parameters) -> dict[str, Tensor]:
+        """Put the gradient a at w + eps in place of g in `.grad`; return what is known of both passes."""
+        config, scale = self.xsam_config, loss_scale(self.accelerator)
+        weights = list(self._parameters_in("perturb_scope").values())
+        rho = config.rho_at(self.state.global_step)
+        metrics = {"gradient_norm": gradient_norm(trainable) / scale}
+        with perturbed(weights, ascent_perturbation(weights, gradients(weights), rho, config.adaptive)) as realised:
+            metrics["perturbed_loss"] = window.run()
+        metrics["sharpness"] = metrics["perturbed_loss"] - window.loss
+        if realised is not None and rho > 0:
+            metrics["realised_perturbation"] = realised
+        return metrics | {"perturbed_gradient_norm": gradient_norm(trainable) / scale}
+
+    def _is_usable(self, metrics: Mapping[str, Tensor], refreshed: bool) -> bool:
+        """Return whether both passes were finite, on all processes, and with a GradScaler the refresh too."""
+        scaler_skips = not refreshed and self.accelerator.scaler is not None
+        return not scaler_skips and all_finite(self.accelerator, metrics.values())
+
+    def _correct(self, trainable: Parameters, length: Tensor) -> dict[str, Tensor]:
+        """Put d in place of a in `.grad`, where v is known; `length` is norm(a). Return what is known of v."""
+        config, state = self.xsam_config, self.xsam_state
+        if not config.corrects_at(self.state.global_step) or state.eigenvalue is None:
+            return {}
+        # What the second pass did not reach stays without a gradient, as it would in the stock Trainer.
+        parameters = with_gradient(trainable)
+        gradient, eigenvector = gradients(list(parameters.values())), state.eigenvector_over(parameters)
+        scale = loss_scale(self.accelerator)  # which the gradient has, and the optimizer's unscaling takes from d
+        along = dot(gradient, eigenvector) / scale
+        size, change = correction_factors(length, along, config.alpha, config.correction, config.normalize_gradient)
+        set_to_combination(gradient, size, eigenvector, scale * change)
+        return {"eigenvalue": state.eigenvalue, **alignment(along, length)}
 
     def top_eigenpair(
         self, batches: Sequence[Mapping[str, Any]], iterations: int = 20
     ) -> tuple[dict[str, Tensor], float]:
-        """Estimate the top eigenpair of the Hessian of the mean loss over `batches`, in evaluation mode.
-
-        Args:
-            batches: collated batches, of one size for a plain mean; an iteration takes a Hessian-vector product of
-                each. With several processes, each brings its own.
-            iterations: power iterations, from a random start, at least 1.
-
-        Returns:
-            The eigenvector by parameter name, jointly of norm 1, and the eigenvalue.
-
-        Raises:
-            ValueError: without batches or iterations.
-        """
-        if isinstance(batches, Mapping) or not batches:
-            raise ValueError(f"batches is {type(batches).__name__} of {len(batches)}; it must be a list of batches.")
-        if iterations < 1:
-            raise ValueError(f"iterations is {iterations}; it must be at least 1.")
-        model = self._unwrapped_model()
-        reshard(model)
-        scope = self._parameters_in("eigen_scope")
-        parameters = list(scope.values())
-
-        def loss_on(batch: Mapping[str, Any]) -> Tensor:
-            loss = self.compute_loss(model, send_to_device(copied(batch), self.args.device))
-            assert isinstance(loss, Tensor)  # a tuple only with return_outputs
-            return loss
-
-        with evaluating(model), self._side_effects_undone(model), gradients_set_aside(model):
-            batch_losses = [partial(loss_on, batch) for batch in batches]
-            loss = mean_loss(self.accelerator, model, batch_losses, sharded=is_sharded(parameters[0]))
-            start = random_unit_vector(parameters, self.args.seed)
-            method = self._choose_method(loss, parameters)
-            with hessian_vector_product(self.accelerator, method, loss, parameters, model) as product:
-                estimate = power_iteration(product, start, iterations)
-        return dict(zip(scope, estimate.vector, strict=True)), estimate.value.item()
+        """Estimate the top eigenpair of the loss over `batches`: see [`hf_xsam.sharpness.top_eigenpair`]."""
+        return top_eigenpair(self, batches, iterations, self.xsam_config.eigen_scope, self.xsam_config.hvp)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer, and refuse one that X-SAM cannot work with."""
@@ -269,12 +233,7 @@ class XSAMTrainerMixin(_Trainer):
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, without what an earlier call that stopped within a window has left.
-
-        `resume_from_checkpoint=True` resumes from the newest checkpoint that was written to its end.
-        """
-        self._xsam_window, self._xsam_metrics = [], RunningMeans()
-        self._xsam_hvp_method = None  # the model may be another one
+        """Train; `resume_from_checkpoint=True` resumes from the newest checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             ranks = [self.args.process_index] if self.args.save_on_each_node else None
             resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir), ranks)
@@ -292,15 +251,13 @@ class XSAMTrainerMixin(_Trainer):
                     f"{type(self).__name__}'s training_step did not call X-SAM's. Call super().training_step in it, or "
                     "put the mixin in front: class MyXSAMTrainer(XSAMTrainerMixin, MyTrainer)."
                 )
-            logs["xsam/skipped_steps"] = self.xsam_state.skipped_steps
             steps = self._xsam_metrics.steps
-            names, means = self._xsam_metrics.take()
-            if means is not None:
-                if self.accelerator.num_processes > 1:
-                    means = self.accelerator.reduce(means, reduction="mean")
-                logs.update(zip(names, means.tolist(), strict=True))
+            means = self._xsam_metrics.take(self.accelerator)
+            metrics: dict[str, float] = {SKIPPED_STEPS: self.xsam_state.skipped_steps}
+            metrics |= {f"xsam/{name}": mean for name, mean in means.items()}
             if self.is_world_process_zero():
-                self._xsam_advice.read(logs, steps)
+                self._xsam_advice.read(logs | metrics, steps)
+            logs.update(chosen_metrics(metrics, self.xsam_config.log_metrics))
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -334,8 +291,19 @@ class XSAMTrainerMixin(_Trainer):
         model = self._unwrapped_model()
         return parameters_in_scope(model, getattr(self.xsam_config, field), f"XSAMConfig.{field}")
 
-    # The Trainer's own methods, without which its checkpoints would lack X-SAM's state. They are called on every
-    # process, before the checkpoint's last file is written, and once the model and its optimizer are loaded.
+    def _begin_afresh(self) -> None:
+        """Drop what an earlier training has left: a part of a window, means to be logged, the kind of product."""
+        self._xsam_window, self._xsam_metrics, self._xsam_hvp_method = None, RunningMeans(), None
+
+    # The Trainer's own methods. The first one is where each training begins, also where `auto_find_batch_size` tries
+    # again after a step that ran out of memory.
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin_afresh()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    # Without these, checkpoints would lack X-SAM's state. They are called on every process, before the checkpoint's
+    # last file is written, and once the model and its optimizer are loaded.
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

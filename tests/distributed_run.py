@@ -146,7 +146,7 @@ def train(case, folder):
     if "measure_every" in case:
         trainer.add_callback(XSAMCallback(trainer, every=case["measure_every"], samples=8, tolerance=1e-4))
     resume = case.get("resume")
-    bucket = patch("hf_xsam.step.curvature.BUCKET_BYTES", case.get("bucket_bytes", 25 * 2**20))
+    bucket = patch("hf_xsam.step.processes.BUCKET_BYTES", case.get("bucket_bytes", 25 * 2**20))
     with CollectiveCounter() as collectives, bucket:
         trainer.train(resume_from_checkpoint=resume)
     history = trainer.state.log_history

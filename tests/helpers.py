@@ -1,6 +1,7 @@
 """Short runs of a trainer on a tiny model, and their weights."""
 
 import os
+from dataclasses import replace
 
 import torch
 from accelerate import DistributedType, PartialState
@@ -63,7 +64,7 @@ def run(model, batch, folder, xsam_config=None, trainer_class=None, callbacks=No
         if name in overrides:
             settings[name] = overrides.pop(name)
     if xsam_config is not None:
-        settings["xsam_config"] = xsam_config
+        settings["xsam_config"] = replace(xsam_config, log_metrics="all")
     if "model_init" not in settings:
         settings["model"] = model
     trainer_class = trainer_class or (Trainer if xsam_config is None else XSAMTrainer)

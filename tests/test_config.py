@@ -19,6 +19,7 @@ from hf_xsam import XSAMConfig
         ("adaptive", "yes", "True or False"),
         ("normalize_gradient", 1, "True or False"),
         ("correction", "other", "'paper', 'projection', 'aligned'"),
+        ("log_metrics", "some", "'summary', 'all'"),
         ("hvp", "double", "'auto', 'exact', 'finite_difference'"),
         ("ascent", "each", "'global', 'local'"),
         ("eigen_interval", 0, "at least 1"),
@@ -44,8 +45,9 @@ def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
     assert allowed in str(error.value)
 
 
-def test_defaults_are_the_papers_but_for_the_estimate_of_the_eigenvector():
+def test_defaults_are_the_papers_but_for_rho_and_the_estimate_of_the_eigenvector():
     estimate = {
+        "rho": 0.01,
         "eigen_interval": 10,
         "eigen_start_step": 0,
         "eigen_warmup_steps": 80,
@@ -68,6 +70,7 @@ def test_the_papers_settings():
     )
     assert XSAMConfig.paper(eigen_start_step=0).eigen_start_step == 0
     assert XSAMConfig.paper().to_dict() == {
+        "log_metrics": "summary",
         "rho": 0.05,
         "adaptive": False,
         "alpha": 0.2,

@@ -79,6 +79,7 @@ def test_every_step_matches_the_authors(name, micro_batches, tmp_path):
             eigen_interval=golden["freq"],
             power_iterations=golden["power_steps"],
             hvp="exact",
+            log_metrics="all",
         ),
     )
     start = torch.tensor(golden["v_init"], dtype=torch.double)

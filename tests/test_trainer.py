@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_xsam import XSAMConfig, XSAMSeq2SeqTrainer, XSAMTrainer, XSAMTrainerMixin
 from hf_xsam.step.logs import Advice
@@ -18,6 +18,7 @@ from tests.models import (
     SIZES,
     BatchNormClassifier,
     MeanLossTrainer,
+    Smooth,
     bert,
     llama,
     padded_text,
@@ -180,6 +181,23 @@ class TestEigenvector:
         for name in ("xsam/eigenvalue", "xsam/cosine", "xsam/perturbed_loss", "xsam/gradient_norm"):
             assert fourth[0][name] == pytest.approx(sum(log[name] for log in each[:4]) / 4, rel=1e-5)
             assert fourth[1][name] == pytest.approx(sum(log[name] for log in each[4:]) / 4, rel=1e-5)
+
+    def test_a_line_of_the_log_is_short_unless_all_is_asked_for(self, tmp_path):
+        def logged(**config):
+            trainer = XSAMTrainer(
+                model=bert(),
+                args=arguments(tmp_path, max_steps=2),
+                train_dataset=examples_of(sentences()),
+                xsam_config={"alpha": 0.1, **config},
+            )
+            trainer.train()
+            assert trainer.xsam_config == XSAMConfig(alpha=0.1, **config)
+            return [{name for name in log if name.startswith("xsam/")} for log in logs_of(trainer)]
+
+        summary = {"xsam/eigenvalue", "xsam/angle_degrees", "xsam/sharpness"}
+        assert logged() == [summary] * 2
+        (first, second) = logged(log_metrics="all")
+        assert first == second > summary | {"xsam/gradient_norm", "xsam/cosine", "xsam/skipped_steps"}
 
     def test_warm_start_of_wrong_names_or_shape_is_refused(self, tmp_path):
         trainer = XSAMTrainer(
@@ -452,6 +470,30 @@ class TestTrainerFeatures:
         assert "for 500 steps" in caplog.text
 
 
+class TestTryingAgainWithSmallerBatches:
+    """`auto_find_batch_size`: memory that runs out between two micro-batches leaves nothing to the next attempt."""
+
+    class OutOfMemory(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.train_batch_size >= 8 and state.global_step == 1:
+                raise RuntimeError("CUDA out of memory.")
+
+    def test_equals_stock(self, tmp_path):
+        settings = {
+            "auto_find_batch_size": True,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 3,
+            "logging_steps": 3,
+            "callbacks": [self.OutOfMemory()],
+        }
+        stock = run(Smooth(), points(64), tmp_path, **settings)
+        ours = run(Smooth(), points(64), tmp_path, XSAMConfig(**PLAIN), **settings)
+        assert torch.equal(weights_of(ours.model), weights_of(stock.model))
+        assert logs_of(ours)[0]["xsam/perturbed_loss"] == pytest.approx(logs_of(ours)[0]["loss"], rel=1e-5)
+        assert ours.xsam_state.step == 3
+
+
 class TestGradScaler:
     """Accelerate refuses fp16 on the CPU, so the scaler is put in by hand; its arithmetic is the real one."""
 
@@ -607,8 +649,10 @@ class TestRefusals:
             XSAMTrainer(bert().requires_grad_(False), arguments(tmp_path))
 
     def test_config_of_another_type(self, tmp_path):
-        with pytest.raises(TypeError, match="xsam_config is a dict; it must be an XSAMConfig"):
-            self.build(tmp_path, config={"rho": 0.1})
+        with pytest.raises(TypeError, match="xsam_config is a float; it must be an XSAMConfig or a dict"):
+            self.build(tmp_path, config=0.1)
+        with pytest.raises(ValueError, match="XSAMConfig has no field radius; its fields are rho, "):
+            self.build(tmp_path, config={"radius": 0.1})
 
     def test_exact_products_where_there_are_none(self, tmp_path):
         settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .power_iteration import HessianVectorProduct
+from .hessian_vector_products import HessianVectorProduct
 from .tensors import add_scaled, dot, wide_dtype
 
 # Vectors that Lanczos holds beyond two an eigenvector, and so products that it spends before it looks whether it is

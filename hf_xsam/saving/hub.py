@@ -13,8 +13,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from ..trainer import XSAMTrainerMixin
-
 logger = logging.getLogger(__name__)
 
 REFUSED = (401, 403)
@@ -31,8 +29,8 @@ class PushCallback(TrainerCallback):
     name, and write no card.
     """
 
-    def __init__(self, trainer: "XSAMTrainerMixin") -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer  # one of X-SAM's, whose module imports this one
         self._watched: set[Future] = set()
 
     def on_push_begin(

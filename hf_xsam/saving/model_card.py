@@ -27,7 +27,6 @@ FIGURES = {
     "xsam/eigenvalue": "top eigenvalue of the Hessian",
     "xsam/angle_degrees": "angle between gradient and top eigenvector, degrees",
     "xsam/sharpness": "sharpness, perturbed loss - loss",
-    "xsam/perturbed_loss": "perturbed loss",
 }
 
 CITATIONS = """\
@@ -185,13 +184,17 @@ def draw_plot(history: Logs, path: Path) -> str | None:
 
     Return None where there are fewer than two logs to draw, or no matplotlib.
     """
-    lines = [line for line in history if "xsam/perturbed_loss" in line]
+    lines = [
+        {**line, "perturbed loss": line["loss"] + line["xsam/sharpness"]}
+        for line in history
+        if "loss" in line and "xsam/sharpness" in line
+    ]
     if len(lines) < 2 or find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
 
     panels = [("top eigenvalue", {"": "xsam/eigenvalue"})] if any("xsam/eigenvalue" in line for line in lines) else []
-    panels.append(("loss", {"loss": "loss", "perturbed loss": "xsam/perturbed_loss"}))
+    panels.append(("loss", {"loss": "loss", "perturbed loss": "perturbed loss"}))
     figure = Figure(figsize=(3.5 * len(panels), 2.5), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for label, name in curves.items():

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..step.replay import copied
 from ..step.scope import parameters_in_scope
-from ..step.side_effects import RandomState, counts_undone, logs_dropped
+from ..step.side_effects import RandomState, copied, counts_undone, logs_dropped
 from .measuring import Sharpness, measure, refuse_settings
 
 logger = logging.getLogger(__name__)

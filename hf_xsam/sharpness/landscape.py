@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..functional.perturbation import ascent_perturbation, perturbed
-from ..functional.power_iteration import HessianVectorProduct
 from ..functional.tensors import dot, norm, scale
-from ..step.curvature import choose_method, hessian_vector_product, mean_loss
+from ..step.curvature import Curvature
 from ..step.logs import alignment
+from ..step.loss import mean_loss
 from ..step.precision import loss_scale
 
 IGNORED = -100  # the label of tokens that transformers' losses leave out
@@ -82,13 +82,9 @@ class Landscape:
         """Return grad L(w), one tensor a parameter, in float32 or wider."""
         return scale(self._unscale, self._loss.gradient(self._parameters))
 
-    def method(self, hvp: str) -> str:
-        """Return how products are computed where `hvp` is asked for: see [`hf_xsam.step.curvature.choose_method`]."""
-        return choose_method(self._accelerator, hvp, self._loss, self._parameters, self._model)
-
-    def hessian(self, method: str) -> AbstractContextManager[HessianVectorProduct]:
-        """Return a context that gives v -> H v for the Hessian H of L at w, to be used within it."""
-        return hessian_vector_product(self._accelerator, method, self._loss, self._parameters, self._model)
+    def curvature(self, hvp: str) -> Curvature:
+        """Return the curvature of L, whose Hessian-vector products are computed as `hvp` says."""
+        return Curvature(self._accelerator, self._model, self._parameters, self._loss, hvp)
 
     def slice_along(self, direction: Sequence[Tensor], distances: Sequence[float]) -> Slice:
         """Return L(w + t * direction) for each distance t; the weights are put back exactly."""

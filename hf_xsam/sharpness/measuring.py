@@ -26,7 +26,8 @@ from ..config import XSAMConfig
 from ..functional.power_iteration import random_unit_vector
 from ..functional.spectrum import Trace, hutchinson_trace, top_eigenpairs
 from ..functional.tensors import add_scaled, is_sharded, norm, reciprocal_or_zero, scale
-from ..step.replay import evaluating, gradients_set_aside
+from ..step.gradients import gradients_set_aside
+from ..step.modes import evaluating
 from ..step.scope import parameters_in_scope
 from ..step.side_effects import side_effects_undone
 from .landscape import Landscape, LossFunction, Slice, angle_degrees, model_loss, plain_accelerator, uphill
@@ -152,8 +153,8 @@ def measure(
             length = norm(gradient)
             if not math.isfinite(loss) or not torch.isfinite(length):
                 raise ArithmeticError(f"The loss is {loss}, its gradient's norm {length.item()}: they must be finite.")
-            method = landscape.method(hvp)
-            with landscape.hessian(method) as product:
+            curvature = landscape.curvature(hvp)
+            with curvature.hessian() as product:
                 bar.set_description_str("eigenvalues")
                 # The gradient has much of its length along the top eigenvectors. The random part is there lest it be
                 # orthogonal to one.
@@ -174,7 +175,7 @@ def measure(
             "targets": landscape.targets,
             "parameters": sum(parameter.numel() for parameter in parameters),
             "eigen_scope": eigen_scope,
-            "hvp": method,
+            "hvp": curvature.method,
             "tolerance": tolerance,
             "seed": seed,
             "dtype": str(parameters[0].dtype).removeprefix("torch."),

@@ -1,207 +1,169 @@
-"""Hessian-vector products of a training loss under Accelerate: GradScaler, processes, and what the model allows."""
+"""The curvature of a training loss under Accelerate: Hessian-vector products, and the top eigenpair."""
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from ..functional.power_iteration import (
+from ..functional.hessian_vector_products import (
     HessianVectorProduct,
     exact_hessian_vector_product,
     finite_difference_hessian_vector_product,
     finite_difference_step,
 )
+from ..functional.power_iteration import Eigenpair, power_iteration, random_unit_vector
 from ..functional.tensors import is_sharded, multiply
-from .precision import coarsest_dtype, holds_everywhere, loss_scale
-from .refusals import double_backward_obstacle, hidden_parameters, untrusted_operation
-from .replay import forward_passes_evaluated, gradients, gradients_set_aside, twice_differentiable_attention
-from .scope import others_frozen
+from .double_backward import Method, choose_method, obstacle_in_arguments
+from .gradients import gradients_set_aside
+from .loss import Loss, mean_loss
+from .modes import evaluating, forward_passes_evaluated, reshard, twice_differentiable_attention
+from .precision import coarsest_dtype, loss_scale
+from .processes import mean_over_processes
+from .scope import others_frozen, parameters_in_scope
+from .side_effects import copied, counts_undone, logs_dropped, side_effects_undone
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from transformers import Trainer
 
-BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
 
+class Curvature:
+    """The Hessian of the unscaled mean over the processes of a loss, at the weights as they stand.
 
-@dataclass
-class Loss:
-    """A loss at the weights as they stand, in the two forms that products are made from.
+    Args:
+        accelerator: the trainer's.
+        model: whose loss it is, without wrappers.
+        parameters: what the Hessian is taken with respect to.
+        loss: L, the same number of terms on each process.
+        hvp: how products are computed, see `XSAMConfig.hvp`.
+        obstacle: to exact products, where one is known without trying.
+        method: what `hvp` came to earlier in the same training; None chooses at the first product.
 
     Attributes:
-        terms: computes the terms whose sum is this process's loss, GradScaler's factor included, each with its graph.
-        gradient: computes its gradient with respect to given parameters.
-        gradient_is_local: whether `gradient` is of this process's loss, not of the mean over the processes.
-        single_term: whether there is one term only, so that its graph may be kept between products.
+        method: "exact" or "finite_difference", None until it is chosen.
     """
 
-    terms: Callable[[], Iterator[Tensor]]
-    gradient: Callable[[Sequence[Tensor]], list[Tensor]]
-    gradient_is_local: bool
-    single_term: bool
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        loss: Loss,
+        hvp: str = "auto",
+        obstacle: str | None = None,
+        method: Method | None = None,
+    ) -> None:
+        self.accelerator, self.model, self.parameters, self.loss = accelerator, model, parameters, loss
+        self.method = method
+        self._hvp, self._obstacle = hvp, obstacle
+
+    @contextmanager
+    def hessian(self, gradient: Sequence[Tensor] | None = None) -> Iterator[HessianVectorProduct]:
+        """Yield v -> H v, to be used within the block.
+
+        Args:
+            gradient: what `loss.gradient(parameters)` gives at the weights as they stand, where it is known already.
+
+        Raises:
+            RuntimeError: where hvp is "exact" and the model has no second derivative.
+        """
+        if self.method is None:
+            self.method = choose_method(
+                self.accelerator, self._hvp, self.loss, self.parameters, self.model, self._obstacle, gradient
+            )
+        exact = self.method == "exact"
+        with self._exact_products() if exact else self._finite_differences(gradient) as scaled:
+            reduce = self.accelerator.num_processes > 1 and (exact or self.loss.gradient_is_local)
+
+            def product(vector: Sequence[Tensor]) -> list[Tensor]:
+                result = scaled(vector)
+                if self.accelerator.scaler is not None:
+                    multiply(result, 1 / loss_scale(self.accelerator))
+                return mean_over_processes(self.accelerator, result) if reduce else result
+
+            yield product
+
+    @contextmanager
+    def _exact_products(self) -> Iterator[HessianVectorProduct]:
+        # Attention's kernel is chosen again in the backward pass, where gradient checkpointing computes it anew.
+        with (
+            others_frozen(self.model, self.parameters),
+            forward_passes_evaluated(self.model),
+            twice_differentiable_attention(),
+        ):
+            yield exact_hessian_vector_product(self.loss.terms, self.parameters, keep_graph=self.loss.single_term)
+
+    @contextmanager
+    def _finite_differences(self, gradient: Sequence[Tensor] | None) -> Iterator[HessianVectorProduct]:
+        # Nothing is frozen: DDP and FSDP wait for all gradients.
+        known = self.loss.gradient(self.parameters) if gradient is None else gradient
+        step = finite_difference_step(self.parameters, coarsest_dtype(self.accelerator, self.model))
+        gradient_here = partial(self.loss.gradient, self.parameters)
+        yield finite_difference_hessian_vector_product(gradient_here, self.parameters, known, step)
+
+    def top_eigenpair(
+        self,
+        start: Sequence[Tensor],
+        iterations: int,
+        shift: Tensor | None = None,
+        momentum: float = 0.0,
+        gradient: Sequence[Tensor] | None = None,
+    ) -> Eigenpair:
+        """Return what power iteration finds from `start`: see [`hf_xsam.functional.power_iteration`]."""
+        with self.hessian(gradient) as product:
+            return power_iteration(product, start, iterations, shift, momentum)
 
 
-def mean_loss(
-    accelerator: Accelerator,
-    model: nn.Module,
-    batch_losses: Sequence[Callable[[], Tensor]],
-    sharded: bool,
-    weights: Sequence[float] | None = None,
-) -> Loss:
-    """Return the mean of `batch_losses`; its gradient replaces what the model's parameters have in `.grad`.
+def top_eigenpair(
+    trainer: "Trainer",
+    batches: Sequence[Mapping[str, Any]],
+    iterations: int = 20,
+    eigen_scope: str = "trainable",
+    hvp: str = "auto",
+) -> tuple[dict[str, Tensor], float]:
+    """Estimate the top eigenpair of the Hessian of any trainer's mean loss over `batches`, in evaluation mode.
 
     Args:
-        accelerator: the trainer's.
-        model: that the losses are of, without wrappers.
-        batch_losses: each computes the loss of a batch.
-        sharded: whether the model's parameters are, so that its backward pass averages over the processes.
-        weights: how much each loss counts, in any unit; None is alike.
-    """
-    counts = [1.0] * len(batch_losses) if weights is None else weights
-    total = sum(counts)
+        trainer ([`~transformers.Trainer`]): whose loss, model and precision it takes; FSDP2 works too.
+        batches: collated batches, of one size for a plain mean; an iteration takes a Hessian-vector product of
+            each. With several processes, each brings its own.
+        iterations: power iterations, from a random start, at least 1.
+        eigen_scope: what the Hessian spans: values as for `XSAMConfig.eigen_scope`.
+        hvp: how Hessian-vector products are computed: values as for `XSAMConfig.hvp`.
 
-    def terms() -> Iterator[Tensor]:
-        for batch_loss, count in zip(batch_losses, counts, strict=True):
-            with twice_differentiable_attention(), accelerator.autocast():
-                loss = batch_loss()
-            yield loss_scale(accelerator).to(loss.device) * loss * (count / total)
-
-    def gradient(parameters: Sequence[Tensor]) -> list[Tensor]:
-        model.zero_grad()
-        for term in terms():
-            term.backward()
-        return gradients(parameters)
-
-    return Loss(terms, gradient, gradient_is_local=not sharded, single_term=len(batch_losses) == 1)
-
-
-def choose_method(
-    accelerator: Accelerator,
-    asked: str,
-    loss: Loss,
-    parameters: Sequence[Tensor],
-    model: nn.Module,
-    obstacle: str | None = None,
-) -> str:
-    """Return "exact" or "finite_difference": what is `asked`, or for "auto" exact where the model allows it.
-
-    Args:
-        accelerator: the trainer's; all its processes get the same answer.
-        asked: `XSAMConfig.hvp`.
-        loss: any loss of `model`.
-        parameters: what products are taken with respect to.
-        model: that one, without wrappers.
-        obstacle: to exact products, where one is known without trying.
+    Returns:
+        The eigenvector by parameter name, jointly of norm 1, and the eigenvalue.
 
     Raises:
-        RuntimeError: where "exact" is asked for and the model has no second derivative.
+        ValueError: without batches or iterations.
     """
-    if asked == "finite_difference":
-        return asked
-    if any(is_sharded(parameter) for parameter in parameters):
-        obstacle = "sharded parameters have no second derivative"
-    elif obstacle is None:
-        # With nothing frozen: operations whose input takes no gradient do not show in the graph.
-        # Aside, for a step that calls `loss.backward()` itself leaves gradients.
-        with forward_passes_evaluated(model), twice_differentiable_attention(), gradients_set_aside(model):
-            whole = next(loss.terms(), None)
-            if whole is None:
-                obstacle, doubt = "the training step hands no loss to accelerator.backward", None
-            else:
-                obstacle, doubt = hidden_parameters(whole), untrusted_operation(whole)
-            if doubt and asked == "exact":
-                logger.warning("hvp is 'exact', but %s: compare with hvp='finite_difference'.", doubt)
-            else:
-                obstacle = obstacle or doubt
-            del whole
-            if obstacle is None:
-                with others_frozen(model, parameters):
-                    obstacles = map(partial(double_backward_obstacle, parameters=parameters), loss.terms())
-                    obstacle = next(filter(None, obstacles), None)
-    exact = holds_everywhere(accelerator, torch.tensor(obstacle is None, device=accelerator.device))
-    method = "exact" if exact else "finite_difference"
-    allowed = "every operation of the model has a second derivative"
-    reason = obstacle or (allowed if exact else "another process found an obstacle")
-    if asked == "exact" and not exact:  # on every process, lest one wait for another that has raised
-        raise RuntimeError(
-            f"hvp is 'exact', but the model has no second derivative: {reason.rstrip('.')}. "
-            "Use hvp='finite_difference' or hvp='auto'."
-        )
-    logger.info("X-SAM computes Hessian-vector products with hvp=%r: %s.", method, reason)
-    return method
+    if isinstance(batches, Mapping) or not batches:
+        raise ValueError(f"batches is {type(batches).__name__} of {len(batches)}; it must be a list of batches.")
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; it must be at least 1.")
+    accelerator, device = trainer.accelerator, trainer.args.device
+    model = accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    reshard(model)
+    scope = parameters_in_scope(model, eigen_scope, "eigen_scope")
+    parameters = list(scope.values())
 
+    def loss_on(batch: Mapping[str, Any]) -> Tensor:
+        loss = trainer.compute_loss(model, send_to_device(copied(batch), device))
+        assert isinstance(loss, Tensor)  # a tuple only with return_outputs
+        return loss
 
-def mean_over_processes(accelerator: Accelerator, tensors: list[Tensor]) -> list[Tensor]:
-    """Return the mean over the processes of each of `tensors`, which are overwritten.
-
-    They travel as DDP's gradients do, in buckets of about 25 MiB: the fewer all-reduces, the fewer latencies, and no
-    second copy of them all. `accelerator.reduce` alone makes one all-reduce a tensor.
-
-    Args:
-        accelerator: the trainer's.
-        tensors: shaped alike on every process.
-    """
-    for bucket in _buckets(tensors):
-        flat = torch.cat([tensor.flatten() for tensor in bucket])
-        parts = accelerator.reduce(flat, reduction="mean").split([tensor.numel() for tensor in bucket])
-        for tensor, part in zip(bucket, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-    return tensors
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield neighbours of one dtype and device together, a bucket of at least `BUCKET_BYTES` each but for the last."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        of_another_kind = bucket and (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)
-        if size >= BUCKET_BYTES or of_another_kind:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
-
-
-@contextmanager
-def hessian_vector_product(
-    accelerator: Accelerator,
-    method: str,
-    loss: Loss,
-    parameters: Sequence[Tensor],
-    model: nn.Module,
-    gradient: Sequence[Tensor] | None = None,
-) -> Iterator[HessianVectorProduct]:
-    """Yield v -> H v of the unscaled mean over the processes of `loss`, to be used within the block.
-
-    Args:
-        accelerator: the trainer's.
-        method: "exact" or "finite_difference".
-        loss: L, the same number of terms on each process.
-        parameters: what H is taken with respect to.
-        model: whose loss it is, without wrappers.
-        gradient: what `loss.gradient(parameters)` gives at the weights as they stand, where it is known already.
-    """
-
-    def product(vector: Sequence[Tensor]) -> list[Tensor]:
-        result = scaled(vector)
-        if accelerator.scaler is not None:
-            multiply(result, 1 / loss_scale(accelerator))
-        return mean_over_processes(accelerator, result) if reduce else result
-
-    reduce = accelerator.num_processes > 1 and (method == "exact" or loss.gradient_is_local)
-    if method == "exact":
-        # Attention's kernel is chosen again in the backward pass, where gradient checkpointing computes it anew.
-        with others_frozen(model, parameters), forward_passes_evaluated(model), twice_differentiable_attention():
-            scaled = exact_hessian_vector_product(loss.terms, parameters, keep_graph=loss.single_term)
-            yield product
-    else:
-        # Nothing is frozen: DDP and FSDP wait for all gradients.
-        known = loss.gradient(parameters) if gradient is None else gradient
-        step = finite_difference_step(parameters, coarsest_dtype(accelerator, model))
-        scaled = finite_difference_hessian_vector_product(lambda: loss.gradient(parameters), parameters, known, step)
-        yield product
+    with (
+        evaluating(model),
+        counts_undone(trainer),
+        logs_dropped(trainer),
+        side_effects_undone(model, device),
+        gradients_set_aside(model),
+    ):
+        losses = [partial(loss_on, batch) for batch in batches]
+        loss = mean_loss(accelerator, model, losses, sharded=is_sharded(parameters[0]))
+        curvature = Curvature(accelerator, model, parameters, loss, hvp, obstacle_in_arguments(trainer.args))
+        estimate = curvature.top_eigenpair(random_unit_vector(parameters, trainer.args.seed), iterations)
+    return dict(zip(scope, estimate.vector, strict=True)), estimate.value.item()

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from ..config import XSAMConfig
@@ -12,6 +13,9 @@ from ..functional.tensors import reciprocal_or_zero
 
 logger = logging.getLogger(__name__)
 
+# What is logged unless all is asked for.
+SKIPPED_STEPS = "xsam/skipped_steps"
+SUMMARY = ("xsam/eigenvalue", "xsam/angle_degrees", "xsam/sharpness")
 # How metrics end that an evaluation logs beside its results: the Trainer's, and TRL's.
 NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens")
 # When the perturbed loss counts as far above the loss, and over how many optimizer steps before a warning.
@@ -30,6 +34,13 @@ def alignment(along: Tensor, length: Tensor) -> dict[str, Tensor]:
     """
     cosine = along * reciprocal_or_zero(length)
     return {"cosine": cosine, "angle_degrees": torch.rad2deg(torch.acos(cosine.clamp(-1, 1)))}
+
+
+def chosen_metrics(metrics: Mapping[str, float], which: str) -> dict[str, float]:
+    """Return what of X-SAM's metrics is logged: all, or the `SUMMARY` and how many steps were skipped, if any."""
+    if which == "all":
+        return dict(metrics)
+    return {name: value for name, value in metrics.items() if name in SUMMARY or (name == SKIPPED_STEPS and value)}
 
 
 @dataclass
@@ -51,12 +62,14 @@ class RunningMeans:
         """Return over how many steps the means are."""
         return max(self.counts.values(), default=0)
 
-    def take(self) -> tuple[list[str], Tensor | None]:
-        """Return the names and a vector of their means, and start over; (`[]`, None) where nothing was added."""
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return the means over the steps and the processes, and start over."""
         names = list(self.sums)
-        means = torch.stack([self.sums[name] / self.counts[name] for name in names]) if names else None
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names]) if names else torch.zeros(0)
         self.sums, self.counts = {}, {}
-        return names, means
+        if names and accelerator.num_processes > 1:
+            means = accelerator.reduce(means, reduction="mean")
+        return dict(zip(names, means.tolist(), strict=True))
 
 
 @dataclass

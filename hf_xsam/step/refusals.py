@@ -1,16 +1,15 @@
 """What X-SAM cannot work with, found out before it goes wrong silently."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import CPUOffloadPolicy
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     from ..config import XSAMConfig
 
@@ -130,73 +129,6 @@ def _steps_inside_backward(name: str) -> ValueError:
     )
 
 
-def obstacle_in_arguments(args: "TrainingArguments") -> str | None:
-    """Return what in a trainer's arguments is in the way of exact products, or None."""
-    if getattr(args, "activation_offloading", False):  # TRL's
-        return "activation_offloading lets what a forward pass saves be read once, a second derivative reads it twice"
-    return None
-
-
-def hidden_parameters(loss: Tensor) -> str | None:
-    """Return why the graph of `loss` lacks parameters that it is computed from, or None: reentrant checkpointing."""
-    if REENTRANT_CHECKPOINT in _python_functions_in_graph(loss):
-        return (
-            "gradient checkpointing has a second derivative only with "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}."
-        )
-    return None
-
-
-def untrusted_operation(loss: Tensor) -> str | None:
-    """Return what in the graph of `loss` may have a wrong second derivative without a word, or None.
-
-    Python-defined operations may: fused kernels such as FlashAttention's and Liger's.
-    """
-    for name in _python_functions_in_graph(loss):
-        if name not in (*TWICE_DIFFERENTIABLE, REENTRANT_CHECKPOINT):
-            return f"the second derivative of the Python-defined operation {name} cannot be trusted"
-    return None
-
-
-def double_backward_obstacle(loss: Tensor, parameters: Sequence[Tensor]) -> str | None:
-    """Return why the Hessian-vector product of `loss` cannot be had by double backward, or None if it can."""
-    if not loss.requires_grad:
-        return None  # it uses none of `parameters`, and all others are frozen
-    try:
-        gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-        curved = [g for g in gradient if g is not None and g.requires_grad]
-        second: tuple[Tensor | None, ...] = ()
-        if curved:
-            second = torch.autograd.grad(curved, parameters, [torch.zeros_like(g) for g in curved], allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return first_line(error)
-    # Seen with layer norms of float16 weights, whose second derivative has the third power of 1 / deviation. Where the
-    # first one is not finite either, it says nothing.
-    if _finite(gradient) and not _finite(second):
-        return f"the second derivative overflows in {curved[0].dtype}"
-    return None
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _finite(tensors: Sequence[Tensor | None]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
-
-
-def _python_functions_in_graph(loss: Tensor) -> list[str]:
-    stack, seen = [loss.grad_fn], {loss.grad_fn}
-    names: list[str] = []
-    while stack:
-        node = stack.pop()
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            names.append(node.name())
-        for following, _ in node.next_functions if node is not None else ():
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return names

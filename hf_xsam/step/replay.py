@@ -1,24 +1,22 @@
-"""Running training steps again: the same random numbers, the buffers untouched, the loss caught."""
+"""The micro-batches of an optimizer step, and how to run them again: with the same random numbers and buffers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import copy
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .side_effects import Buffers, RandomState
-
-if torch.distributed.is_available():
-    from torch.distributed.fsdp import FSDPModule
+from ..functional.tensors import norm
+from .gradients import gradients
+from .loss import Loss
+from .modes import twice_differentiable_attention
+from .processes import all_finite
+from .side_effects import Buffers, RandomState, replaced
 
 MEDIA = ("pixel_values", "image", "video", "audio", "input_features")  # how inputs beside a text are called
 
@@ -60,11 +58,6 @@ class MicroBatch:
         return replace(self, inputs=inputs, num_items_in_batch=items)
 
 
-def copied(inputs: Any) -> Any:
-    """Return a batch like `inputs` with tensors of its own: a step may change them in place, or take `labels` out."""
-    return recursively_apply(torch.clone, copy(inputs))
-
-
 def _rows_mislead(inputs: Mapping[str, Any]) -> bool:
     """Return whether as many rows as texts may be a coincidence: images of all texts in one tensor, M-RoPE's axes."""
     with_media = "input_ids" in inputs and any(name.startswith(MEDIA) for name in inputs)
@@ -72,22 +65,27 @@ def _rows_mislead(inputs: Mapping[str, Any]) -> bool:
 
 
 @dataclass
-class Replay:
+class Window:
     """The training steps of one accumulation window, to run again at other weights with the same random numbers.
 
     Attributes:
         training_step: the stock step of a model and a micro-batch: forward, loss scaling and backward.
         accelerator: the trainer's.
         model: as prepared by the accelerator.
-        micro_batches: the window, in order.
         buffers: the model's before the window, from which its passes start again.
+        micro_batches: the window so far, in order.
     """
 
     training_step: Callable[[nn.Module, MicroBatch], Tensor]
     accelerator: Accelerator
     model: nn.Module
-    micro_batches: list[MicroBatch]
     buffers: Buffers
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+
+    @property
+    def loss(self) -> Tensor:
+        """Return the loss of the first passes, 0-dimensional."""
+        return torch.stack([micro_batch.loss for micro_batch in self.micro_batches]).sum()
 
     def run(self, synchronize: bool = True) -> Tensor:
         """Leave the window's gradient in `.grad`, averaged over the processes if `synchronize`; return its loss."""
@@ -108,6 +106,22 @@ class Replay:
         gradient = gradients(parameters)
         self.model.zero_grad()
         return gradient
+
+    def loss_of_part(self, fraction: float, rows_are_examples: bool, synchronize: bool) -> Loss:
+        """Return the window's loss for Hessian-vector products: exact ones take a part of the examples.
+
+        Args:
+            fraction: see [`Window.part`].
+            rows_are_examples: likewise.
+            synchronize: whether gradients are averaged over the processes.
+        """
+        part = self.part(fraction, rows_are_examples)
+        return Loss(
+            terms=lambda: self.losses(part),
+            gradient=lambda parameters: self.gradient(parameters, synchronize),
+            gradient_is_local=not synchronize,
+            single_term=len(part) == 1,
+        )
 
     def part(self, fraction: float, rows_are_examples: bool = True) -> list[tuple[MicroBatch, float]]:
         """Return a part of the window, and with which weights its losses add up to an estimate of the window's.
@@ -138,95 +152,22 @@ class Replay:
                 self._step(model, micro_batch)
             yield from (weight * loss for loss in caught)
 
+    def leave_harmless_gradient(self, parameters: Sequence[Tensor]) -> None:
+        """Leave in `.grad` what does no harm, in place of a corrected gradient that would not be finite.
+
+        With a GradScaler: infinity, at which it skips the step and lowers its scale. Else the stock Trainer's gradient,
+        or where that is not finite none at all, so that the optimizer leaves the weights and its state.
+        """
+        if self.accelerator.scaler is not None:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.fill_(torch.inf)
+        elif not all_finite(self.accelerator, [self.run(), norm(gradients(parameters))]):
+            self.model.zero_grad()
+
     def _step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         micro_batch.random_state.restore()
         return self.training_step(model, micro_batch)
-
-
-def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Return what the last backward passes left in `.grad`, zeros where they left nothing.
-
-    Raises:
-        ValueError: for sparse gradients, which X-SAM cannot perturb along.
-    """
-    if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in parameters):
-        raise ValueError("X-SAM needs dense gradients; build the model's embeddings with sparse=False.")
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-
-
-def with_gradient(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return those of `parameters` that the last backward passes reached."""
-    return {name: parameter for name, parameter in parameters.items() if parameter.grad is not None}
-
-
-def twice_differentiable_attention() -> AbstractContextManager[None]:
-    """Have scaled_dot_product_attention use its math kernel; the fused ones have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def reshard(model: nn.Module) -> None:
-    """Have a model under FSDP2 hold its sharded parameters, where a forward pass alone has left it whole ones."""
-    for module in model.modules():
-        if torch.distributed.is_available() and isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@contextmanager
-def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Put each module back, after the block, into training or evaluation mode as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode within the block."""
-    with modes_restored(model):
-        model.eval()
-        yield
-
-
-@contextmanager
-def forward_passes_evaluated(model: nn.Module) -> Iterator[None]:
-    """Have forward passes within the block run in evaluation mode, also where a training step calls them.
-
-    Dropout is off, and batch norm takes its running statistics. Modules that checkpoint their activations stay in
-    training mode, without which they would not; those within them do not. Nor do quantized layers leave it, some of
-    which repack their weights to evaluate. The modes hold until the end of the block, for checkpointed modules run
-    again in the backward pass.
-    """
-
-    def stays(module: nn.Module) -> bool:
-        quantized = any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False))
-        return quantized or getattr(module, "gradient_checkpointing", False)
-
-    def evaluate(module: nn.Module, inputs: object) -> None:
-        for part in evaluated:
-            part.training = False
-
-    evaluated = [module for module in model.modules() if not stays(module)]
-    with modes_restored(model):
-        handle = model.register_forward_pre_hook(evaluate)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-@contextmanager
-def gradients_set_aside(model: nn.Module) -> Iterator[None]:
-    """Give the block parameters without gradients, and put those back that they had."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    model.zero_grad()
-    try:
-        yield
-    finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
 
 
 @contextmanager
@@ -241,5 +182,5 @@ def _loss_caught(accelerator: Accelerator) -> Iterator[list[Tensor]]:
         loss = loss / accelerator.gradient_accumulation_steps
         losses.append(loss if accelerator.scaler is None else accelerator.scaler.scale(loss))
 
-    with patch.object(accelerator, "backward", catch):
+    with replaced(accelerator, "backward", catch):
         yield losses

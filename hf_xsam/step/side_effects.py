@@ -3,13 +3,13 @@
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
+from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
 
@@ -123,5 +123,25 @@ def counts_undone(trainer: Any) -> Iterator[None]:
 @contextmanager
 def logs_dropped(trainer: Any) -> Iterator[None]:
     """Drop what losses computed within the block log with `trainer.log`: the step's own has logged it."""
-    with patch.object(trainer, "log", lambda *args, **kwargs: None):
+    with replaced(trainer, "log", lambda *args, **kwargs: None):
         yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Have the attribute `name` of the object `owner` be `value` within the block."""
+    own = vars(owner)
+    had, before = name in own, own.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def copied(inputs: Any) -> Any:
+    """Return a batch like `inputs` with tensors of its own: a step may change them in place, or take `labels` out."""
+    return recursively_apply(torch.clone, copy(inputs))

@@ -194,7 +194,7 @@ def test_the_finite_difference_agrees_with_double_backward(model, tmp_path, capl
     exact = XSAMTrainer(model=trainer.model, args=trainer.args, xsam_config=XSAMConfig(hvp="exact"))
     caplog.set_level(logging.INFO, "hf_xsam")
     ours, theirs = (kind.top_eigenpair([batch], iterations=30)[1] for kind in (trainer, exact))
-    said = [record.getMessage() for record in caplog.records if record.name == "hf_xsam.step.curvature"]
+    said = [record.getMessage() for record in caplog.records if record.name == "hf_xsam.step.double_backward"]
     assert ["hvp='finite_difference'" in message for message in said] == [True, False]
     assert ours == pytest.approx(theirs, rel=0.02)
 

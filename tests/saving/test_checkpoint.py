@@ -58,7 +58,7 @@ class TestResume:
 
     def test_the_files(self, checkpoint):
         contents = json.loads((checkpoint / STATE_NAME).read_text())
-        assert XSAMConfig.from_dict(contents["config"]) == XSAMConfig(**CONFIG)
+        assert XSAMConfig.from_dict(contents["config"]) == XSAMConfig(**CONFIG, log_metrics="all")
         assert (contents["step"], contents["refreshed_at"], contents["skipped_steps"]) == (2, 0, 0)
         vector = load_file(checkpoint / VECTOR_FILE)
         assert list(vector) == sorted(name for name, _ in bert().named_parameters())

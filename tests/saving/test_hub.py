@@ -139,8 +139,8 @@ def test_every_save_publishes_all_of_it(hub, tmp_path, adapter):
     assert len(commits) == 2
     for steps, (_, files) in zip((2, 4), commits, strict=True):
         assert {WEIGHTS[adapter], CONFIG_NAME, "README.md"} <= files.keys()
-        losses = [line["xsam/perturbed_loss"] for line in trainer.state.log_history if "loss" in line][:steps]
-        assert f"| perturbed loss | {losses[0]:.4g} | {losses[-1]:.4g} |" in card_of(files).text
+        sharpness = [line["xsam/sharpness"] for line in trainer.state.log_history if "loss" in line][:steps]
+        assert f"| sharpness, perturbed loss - loss | {sharpness[0]:.4g} | {sharpness[-1]:.4g} |" in card_of(files).text
     card = card_of(commits[-1][1])
     assert "x-sam" in card.data.tags
     assert card.data.library_name == ("peft" if adapter else "transformers")

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.functional.power_iteration import first_vector
 from hf_xsam.functional.tensors import dot, norm
-from hf_xsam.step.replay import MicroBatch, Replay, forward_passes_evaluated
+from hf_xsam.step.modes import forward_passes_evaluated
+from hf_xsam.step.replay import MicroBatch, Window
 from hf_xsam.step.side_effects import RandomState, devices_of
 from tests.helpers import arguments, examples_of, logs_of, run
 from tests.models import BatchNormClassifier, MeanLossTrainer, bert, llama, padded_text, points, sentences
@@ -26,7 +27,7 @@ def micro_batches(count, rows, **other):
 
 
 class TestPart:
-    """`Replay.part`."""
+    """`Window.part`."""
 
     @pytest.mark.parametrize(
         ("count", "fraction", "expected"),
@@ -42,7 +43,7 @@ class TestPart:
         ],
     )
     def test_takes_whole_micro_batches_or_their_rows(self, count, fraction, expected):
-        part = Replay(None, None, None, micro_batches(count, 8), None).part(fraction)
+        part = Window(None, None, None, None, micro_batches(count, 8)).part(fraction)
         found = [
             (piece.inputs["x"][0, 0].item(), len(piece.inputs["x"]), piece.num_items_in_batch, weight)
             for piece, weight in part
@@ -51,12 +52,12 @@ class TestPart:
 
     def test_pieces_are_different_rows(self):
         batch = micro_batches(1, 8, row=torch.arange(8))
-        part = Replay(None, None, None, batch, None).part(0.5)
+        part = Window(None, None, None, None, batch).part(0.5)
         assert torch.equal(torch.cat([piece.inputs["row"] for piece, _ in part]), torch.arange(4))
 
     def test_rows_that_are_no_examples_stay_together(self):
-        replay = Replay(None, None, None, micro_batches(4, 8), None)
-        assert [(len(piece.inputs["x"]), weight) for piece, weight in replay.part(0.3, False)] == [(8, 2), (8, 2)]
+        window = Window(None, None, None, None, micro_batches(4, 8))
+        assert [(len(piece.inputs["x"]), weight) for piece, weight in window.part(0.3, False)] == [(8, 2), (8, 2)]
 
     @pytest.mark.parametrize(
         "inputs",
@@ -72,7 +73,7 @@ class TestPart:
 
     @pytest.mark.parametrize("other", [torch.zeros(()), torch.zeros(1, 8), "text", None])
     def test_inputs_without_common_rows_stay_whole(self, other):
-        ((piece, weight),) = Replay(None, None, None, micro_batches(1, 8, other=other), None).part(0.25)
+        ((piece, weight),) = Window(None, None, None, None, micro_batches(1, 8, other=other)).part(0.25)
         assert (len(piece.inputs["x"]), piece.num_items_in_batch, weight) == (8, 40, 1)
 
     @pytest.mark.parametrize("accumulation", [1, 4])
