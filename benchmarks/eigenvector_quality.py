@@ -13,7 +13,7 @@ from workloads import SEED, Workload
 
 from hf_xsam import XSAMConfig
 from hf_xsam.functional.tensors import dot
-from hf_xsam.sharpness import Sharpness, measure
+from hf_xsam.sharpness import MeasureSettings, Sharpness, measure
 
 # The correction vanishes in float32, so that all estimates watch the same run: SAM's.
 NO_CORRECTION = {"alpha": 1e-300, "correction": "projection", "normalize_gradient": False}
@@ -56,8 +56,9 @@ class Watch(TrainerCallback):
         sample = self.workload.dataset.shuffle(seed=SEED).select(range(self.workload.reference_size))
         sample = sample.with_format(self.workload.dataset.format["type"])
         loader = DataLoader(sample, self.workload.batch_size, collate_fn=self.workload.collator)
-        without = {"trace_samples": 0, "rhos": (), "distances": (), "progress": False}
-        return measure(model, loader, top_k=TOP, tolerance=1e-2, hvp=self.workload.reference_hvp, **without)
+        without = {"trace_samples": 0, "rhos": [], "slice_points": 0}
+        settings = MeasureSettings(top_k=TOP, tolerance=1e-2, hvp=self.workload.reference_hvp, **without)
+        return measure(model, loader, settings, progress=False)
 
 
 def quality(workload: Workload, configs: dict[str, XSAMConfig], folder: str, steps: int, every: int) -> dict[str, Any]:

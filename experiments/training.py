@@ -16,7 +16,7 @@ from tasks import TASKS, Prepared, Task
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_xsam import XSAMConfig, XSAMTrainer
-from hf_xsam.sharpness import measure
+from hf_xsam.sharpness import MeasureSettings, measure
 
 # XSAMConfig's fields of each mode, None for the stock Trainer. The corrections keep the gradient's norm, so that they
 # differ from SAM along the eigenvector alone; "paper" is Eq. 11 as published, which sets the norm to about 1.
@@ -181,10 +181,10 @@ def top_eigenvalue(trainer: Trainer, task: Task) -> float:
     random vector. It is nan where there is none to be found, for a run that diverged.
     """
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(task.curvature_sample)])
-    without = {"trace_samples": 0, "rhos": (), "distances": (), "progress": False}
+    # The eigenvalue's error is of the order of the residual's square: within 0.01% wherever it was compared.
+    settings = MeasureSettings(hvp=task.curvature_hvp, tolerance=0.01, trace_samples=0, rhos=[], slice_points=0)
     try:
-        # The eigenvalue's error is of the order of the residual's square: within 0.01% wherever it was compared.
-        found = measure(trainer.model, [batch], top_k=1, hvp=task.curvature_hvp, tolerance=0.01, **without)
+        found = measure(trainer.model, [batch], settings, progress=False)
     except ArithmeticError:
         return math.nan
     return found.eigenvalues[0]

@@ -14,6 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from .functional.correction import Correction
 
 SCOPES = ("trainable", "lora", "norm")
+Hvp = Literal["auto", "exact", "finite_difference"]
 CONFIG_NAME = "xsam_config.json"
 NOT_WRITTEN = "XSAMTrainer writes it beside each model that it saves; for one without it, set XSAMConfig's fields."
 
@@ -121,7 +122,7 @@ class XSAMConfig:
     eigen_momentum: float = field(
         default=0.3, metadata={"help": "Weight of the old eigenvector in a power iteration, >= 0 and < 1."}
     )
-    hvp: Literal["auto", "exact", "finite_difference"] = field(
+    hvp: Hvp = field(
         default="auto",
         metadata={"help": "Hessian-vector products by double backward, finite difference, or whichever works."},
     )
@@ -135,18 +136,7 @@ class XSAMConfig:
 
     def __post_init__(self) -> None:
         for spec in fields(self):
-            value = getattr(self, spec.name)
-            if get_origin(spec.type) is Literal:
-                if value not in get_args(spec.type):
-                    raise self._error(spec.name, f"one of {', '.join(map(repr, get_args(spec.type)))}")
-            elif spec.type is bool:
-                if not isinstance(value, bool):
-                    raise self._error(spec.name, "True or False")
-            elif spec.type is float:
-                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                    raise self._error(spec.name, "a finite number")
-            elif spec.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-                raise self._error(spec.name, "an integer")
+            refuse_kind(f"XSAMConfig.{spec.name}", getattr(self, spec.name), spec.type)
         if self.rho < 0:
             raise self._error("rho", "at least 0")
         if not 0 <= self.alpha <= 2:
@@ -165,11 +155,7 @@ class XSAMConfig:
             if getattr(self, name) < least:
                 raise self._error(name, f"an integer of at least {least}")
         for name in ("perturb_scope", "eigen_scope"):
-            try:
-                re.compile(getattr(self, name))
-            except (re.error, TypeError) as error:
-                allowed = f"{', '.join(map(repr, SCOPES))} or a regular expression ({error})"
-                raise self._error(name, allowed) from error
+            refuse_scope(f"XSAMConfig.{name}", getattr(self, name))
 
     def _error(self, name: str, allowed: str) -> ValueError:
         return ValueError(f"XSAMConfig.{name} is {getattr(self, name)!r}; it must be {allowed}.")
@@ -273,6 +259,32 @@ class XSAMConfig:
     def corrects_at(self, step: int) -> bool:
         """Return whether the gradient of optimizer step `step`, counted from 0, is corrected, not plain SAM's."""
         return self.alpha > 0 and step >= self.eigen_start_step
+
+
+def refuse_kind(name: str, value: Any, kind: Any) -> None:
+    """Raise a ValueError where the setting `name` is not of its `kind`, if that is a Literal, bool, int or float."""
+    if get_origin(kind) is Literal:
+        fits, allowed = value in get_args(kind), f"one of {', '.join(map(repr, get_args(kind)))}"
+    elif kind is bool:
+        fits, allowed = isinstance(value, bool), "True or False"
+    elif kind is int:
+        fits, allowed = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    elif kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits, allowed = number and math.isfinite(value), "a finite number"
+    else:
+        return
+    if not fits:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}.")
+
+
+def refuse_scope(name: str, scope: str) -> None:
+    """Raise a ValueError where the setting `name` names no scope, and is no regular expression either."""
+    try:
+        re.compile(scope)
+    except (re.error, TypeError) as error:
+        allowed = f"{', '.join(map(repr, SCOPES))} or a regular expression ({error})"
+        raise ValueError(f"{name} is {scope!r}; it must be {allowed}.") from error
 
 
 def _download(repo: str, subfolder: str | None, hub_options: dict[str, Any]) -> Path:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainerMixin
 from hf_xsam.functional.tensors import is_sharded, local
+from hf_xsam.sharpness import MeasureSettings
 from hf_xsam.step.scope import trainable_parameters
 from tests.helpers import arguments, examples_of, logs_of, shard_on_cpu
 from tests.models import adapted, bert, sentences
@@ -144,7 +145,8 @@ def train(case, folder):
     )  # fmt: skip
     observer.trainer = trainer
     if "measure_every" in case:
-        trainer.add_callback(XSAMCallback(trainer, every=case["measure_every"], samples=8, tolerance=1e-4))
+        settings = MeasureSettings(rhos=[0.05], trace_samples=0, slice_points=0, tolerance=1e-4)
+        trainer.add_callback(XSAMCallback(trainer, every=case["measure_every"], samples=8, settings=settings))
     resume = case.get("resume")
     bucket = patch("hf_xsam.step.processes.BUCKET_BYTES", case.get("bucket_bytes", 25 * 2**20))
     with CollectiveCounter() as collectives, bucket:

@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer
 
 from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainer
-from hf_xsam.sharpness import measure
+from hf_xsam.sharpness import MeasureSettings, measure
 from tests.cases import tiny_vit
 from tests.helpers import arguments, examples_of
 
@@ -38,4 +38,5 @@ def trained_runs(folder):
         trainer.train()
         trainer.save_state()
         if name != "stock":
-            measure(model, [batch], top_k=2, distances=[-0.5, 0, 0.5], progress=False).save(folder / name)
+            settings = MeasureSettings(top_k=2, slice_points=3)
+            measure(model, [batch], settings, progress=False).save(folder / name)

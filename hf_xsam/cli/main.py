@@ -1,4 +1,4 @@
-"""The command line: `hf-xsam COMMAND`, each command a module with a dataclass of arguments and a `run`."""
+"""The command line: `hf-xsam COMMAND`, each command a module with `ARGUMENTS`, dataclasses, and a `run` of them."""
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -11,16 +11,15 @@ from transformers import HfArgumentParser
 
 
 class Command(NamedTuple):
-    """Where a command is: its module, whose `run` takes the dataclass `arguments`, imported only when it is named."""
+    """A command's module, imported only when the command is named, and what it is for."""
 
     module: str
-    arguments: str
     help: str
 
 
 COMMANDS = {
-    "sharpness": Command("hf_xsam.cli.sharpness", "SharpnessArguments", "measure how sharp a saved model is"),
-    "plot": Command("hf_xsam.cli.plot", "PlotArguments", "draw runs side by side"),
+    "sharpness": Command("hf_xsam.cli.sharpness", "measure how sharp a saved model is"),
+    "plot": Command("hf_xsam.cli.plot", "draw runs side by side"),
 }
 
 
@@ -39,15 +38,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         module = import_module(COMMANDS[name].module)
-        kind = getattr(module, COMMANDS[name].arguments)
-        first, *others = [spec.name for spec in fields(kind) if spec.default is spec.default_factory is MISSING]
+        specs = [spec for kind in module.ARGUMENTS for spec in fields(kind)]
+        first, *others = [spec.name for spec in specs if spec.default is spec.default_factory is MISSING]
         required = "".join(f" --{field} {field.upper()}" for field in others)
         usage = f"hf-xsam {name} {first.upper()}{required} [--option value ...]"
-        parser = HfArgumentParser(kind, prog=f"hf-xsam {name}", usage=usage, description=module.__doc__)
+        parser = HfArgumentParser(module.ARGUMENTS, prog=f"hf-xsam {name}", usage=usage, description=module.__doc__)
         # HfArgumentParser makes an option of every field; what comes before the first one is the first field's.
         given = words[1:] and not words[1].startswith("-")
-        (arguments,) = parser.parse_args_into_dataclasses([f"--{first}", *words[1:]] if given else words[1:])
-        module.run(arguments)
+        module.run(*parser.parse_args_into_dataclasses([f"--{first}", *words[1:]] if given else words[1:]))
     except ModuleNotFoundError as error:
         parser.exit(2, f"hf-xsam {name}: error: {error}. Commands need more packages: pip install 'hf_xsam[tools]'\n")
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:

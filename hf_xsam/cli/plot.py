@@ -24,6 +24,9 @@ class PlotArguments:
     output: str = field(default="plot", metadata={"help": f"Folder to write {FIGURE_NAME} and {PAGE_NAME} into."})
 
 
+ARGUMENTS = (PlotArguments,)
+
+
 def run(arguments: PlotArguments) -> None:
     """Draw the runs into `arguments.output`, and print the paths of the two files.
 

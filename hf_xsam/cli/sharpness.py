@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..sharpness.measuring import FILE_NAME, Sharpness, measure, refuse_settings
+from ..sharpness import MeasureSettings, Sharpness, measure
+from ..sharpness.measuring import FILE_NAME
 from ..step.refusals import first_line
 from .data import load_split, prepare
 from .saved_model import SavedModel
@@ -32,7 +31,7 @@ DATA_OPTIONS = (
 
 @dataclass
 class SharpnessArguments:
-    """The model, the data, and what to measure."""
+    """The model, the data, and where to measure and write."""
 
     model: str = field(metadata={"help": "Folder or hub name of a model, or of a PEFT adapter."})
     dataset: str = field(
@@ -58,20 +57,6 @@ class SharpnessArguments:
     prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt."})
     completion_column: str = field(default="completion", metadata={"help": "Column of the completion."})
     max_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
-    top_k: int = field(default=1, metadata={"help": "Eigenvalues of the Hessian to find."})
-    trace_samples: int = field(default=8, metadata={"help": "Random vectors for its trace; 0 for no trace."})
-    rhos: list[float] = field(default_factory=lambda: [0.01, 0.05], metadata={"help": "Radii of SAM's sharpness."})
-    slice_radius: float = field(default=0.5, metadata={"help": "How far slices of the loss reach from the weights."})
-    slice_points: int = field(default=21, metadata={"help": "Losses on each slice; 0 for no slices."})
-    eigen_scope: str = field(
-        default="trainable",
-        metadata={"help": "Parameters to measure over: 'trainable', 'lora', 'norm', or a regular expression."},
-    )
-    hvp: Literal["auto", "exact", "finite_difference"] = field(
-        default="auto", metadata={"help": "Hessian-vector products by double backward, finite difference, or either."}
-    )
-    tolerance: float = field(default=1e-3, metadata={"help": "Relative residual at which an eigenpair is found."})
-    seed: int = field(default=0, metadata={"help": "Seed of the random vectors."})
     device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if any."})
     progress: bool = field(default=True, metadata={"help": "Show a progress bar."})
     output_file: str | None = field(
@@ -83,17 +68,16 @@ class SharpnessArguments:
         for name in ("samples", "batch_size", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.slice_points < 0:
-            raise ValueError(f"slice_points is {self.slice_points}; it must be at least 0.")
-        # Before model and data are loaded.
-        refuse_settings(self.top_k, self.trace_samples, self.rhos, self.eigen_scope, self.hvp, self.tolerance)
 
 
-def run(arguments: SharpnessArguments) -> None:
+ARGUMENTS = (SharpnessArguments, MeasureSettings)
+
+
+def run(arguments: SharpnessArguments, settings: MeasureSettings) -> None:
     """Measure, print, and write.
 
     Raises:
-        ValueError: for a model, data, column, split, device or setting that does not fit; the message says why.
+        ValueError: for a model, data, column, split, device or scope that does not fit; the message says why.
         ArithmeticError: where the loss is not finite, or has no eigenpairs that can be found.
     """
     # A hub model's folder is one of its name, here.
@@ -101,23 +85,10 @@ def run(arguments: SharpnessArguments) -> None:
     path = Path(arguments.output_file or folder / FILE_NAME)
     device = find_device(arguments.device)
     saved = SavedModel.find(arguments.model)
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(settings.seed)
     split = load_split(arguments)
     model, dataloader = prepare(saved, split, arguments)
-    radius, points = arguments.slice_radius, arguments.slice_points
-    sharpness = measure(
-        model.to(device),
-        dataloader,
-        top_k=arguments.top_k,
-        trace_samples=arguments.trace_samples,
-        rhos=arguments.rhos,
-        distances=np.linspace(-radius, radius, points).round(9).tolist(),
-        eigen_scope=arguments.eigen_scope,
-        hvp=arguments.hvp,
-        tolerance=arguments.tolerance,
-        seed=arguments.seed,
-        progress=arguments.progress,
-    )
+    sharpness = measure(model.to(device), dataloader, settings, progress=arguments.progress)
     sharpness.model = arguments.model
     data = {name: getattr(arguments, name) for name in DATA_OPTIONS}
     sharpness.settings = {**data, "samples": min(arguments.samples, len(split)), **sharpness.settings}

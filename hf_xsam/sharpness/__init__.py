@@ -1,13 +1,14 @@
 """How sharp any model's minimum is, whatever trained it.
 
-from hf_xsam.sharpness import measure
+from hf_xsam.sharpness import MeasureSettings, measure
 
-sharpness = measure(model, dataloader, top_k=3)
+sharpness = measure(model, dataloader, MeasureSettings(top_k=3))
 sharpness.save("output/sharpness.json")
 """
 
 from ..step.curvature import top_eigenpair
 from .landscape import Slice
 from .measuring import Sharpness, measure
+from .settings import MeasureSettings
 
-__all__ = ["Sharpness", "Slice", "measure", "top_eigenpair"]
+__all__ = ["MeasureSettings", "Sharpness", "Slice", "measure", "top_eigenpair"]

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..step.scope import parameters_in_scope
 from ..step.side_effects import RandomState, copied, counts_undone, logs_dropped
-from .measuring import Sharpness, measure, refuse_settings
+from .measuring import Sharpness, measure
+from .settings import MeasureSettings
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +40,10 @@ class XSAMCallback(TrainerCallback):
             Examples to measure on, chosen at random once.
         dataset (*optional*):
             Where they come from, of the trainer's own kind and with a length; by default its `train_dataset`.
-        rho (`float`, *optional*, defaults to 0.05):
-            Radius of `sharpness/sam_sharpness`.
-        trace_samples (`int`, *optional*, defaults to 0):
-            Random vectors for `sharpness/trace`, one Hessian-vector product each: 0 for none, or at least 2.
-        seed (`int`, *optional*, defaults to 0):
-            Of the choice of examples and the measurement's random vectors, apart from the trainer's.
-        eigen_scope, hvp, tolerance (*optional*):
-            See [`~hf_xsam.sharpness.measure`].
+        settings ([`~hf_xsam.sharpness.MeasureSettings`], *optional*):
+            What to measure, by default `MeasureSettings(rhos=[0.05], trace_samples=0, slice_points=0)`. Logs have the
+            first eigenpair and the first of `rhos` alone, and no slices; the callback's `measure()` returns it all.
+            The seed is apart from the trainer's, and chooses the examples too.
 
     Raises:
         ValueError: for a value that is not allowed, data without a length, and FSDP.
@@ -59,12 +56,7 @@ class XSAMCallback(TrainerCallback):
         every: int | None = None,
         samples: int = 256,
         dataset: Any = None,
-        rho: float = 0.05,
-        trace_samples: int = 0,
-        seed: int = 0,
-        eigen_scope: str = "trainable",
-        hvp: str = "auto",
-        tolerance: float = 1e-3,
+        settings: MeasureSettings | None = None,
     ) -> None:
         for name, value in (("every", every), ("samples", samples)):
             if value is not None and value < 1:
@@ -80,19 +72,11 @@ class XSAMCallback(TrainerCallback):
         if find_spec("scipy") is None:
             raise ImportError("XSAMCallback finds eigenvalues by scipy: pip install 'hf_xsam[tools]'")
         assert isinstance(trainer.model, nn.Module)
-        # Refused now, not at each measurement.
-        if not rho > 0:
-            raise ValueError(f"rho is {rho}; it must be above 0.")
-        refuse_settings(1, trace_samples, [], eigen_scope, hvp, tolerance)
-        parameters_in_scope(trainer.model, eigen_scope, "eigen_scope")
-        self._trainer, self._every, self._samples, self._data, self._rho = trainer, every, samples, data, rho
-        self._settings: dict[str, Any] = {
-            "trace_samples": trace_samples,
-            "seed": seed,
-            "eigen_scope": eigen_scope,
-            "hvp": hvp,
-            "tolerance": tolerance,
-        }
+        if settings is None:
+            settings = MeasureSettings(rhos=[0.05], trace_samples=0, slice_points=0)
+        parameters_in_scope(trainer.model, settings.eigen_scope, "eigen_scope")  # refused now, not at each measurement
+        self._trainer, self._every, self._samples, self._data = trainer, every, samples, data
+        self._settings = settings
         self._batches: list[Any] | None = None
         self._measured_at: int | None = None
 
@@ -123,8 +107,9 @@ class XSAMCallback(TrainerCallback):
             "gradient_norm": found.gradient_norm,
             "top_eigenvalue": found.eigenvalues[0],
             "gradient_angle_degrees": found.gradient_angles_degrees[0],
-            "sam_sharpness": found.sam_sharpness[self._rho],
         }
+        if found.sam_sharpness:
+            metrics["sam_sharpness"] = found.sam_sharpness[self._settings.rhos[0]]
         if found.trace is not None:
             metrics["trace"] = found.trace.mean
         # The stock method: subclasses add to each log what they have collected since the last, and start over. It
@@ -137,7 +122,7 @@ class XSAMCallback(TrainerCallback):
         """Return the sharpness as the model stands, of the trainer's loss on the callback's examples."""
         trainer = self._trainer
         if self._batches is None:
-            self._batches = choose_batches(trainer, self._data, self._samples, self._settings["seed"])
+            self._batches = choose_batches(trainer, self._data, self._samples, self._settings.seed)
 
         def compute_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
             loss = trainer.compute_loss(model, copied(batch))
@@ -149,12 +134,10 @@ class XSAMCallback(TrainerCallback):
             return measure(
                 trainer.model,
                 self._batches,
+                self._settings,
                 compute_loss=compute_loss,
-                rhos=[self._rho],
-                distances=(),
                 progress=False,
                 accelerator=trainer.accelerator,
-                **self._settings,
             )
 
 

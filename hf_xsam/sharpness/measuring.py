@@ -1,8 +1,8 @@
 """How sharp a model's minimum is: `measure` gives the Hessian's top eigenpairs and trace, SAM's sharpness, and slices.
 
-from hf_xsam.sharpness import measure
+from hf_xsam.sharpness import MeasureSettings, measure
 
-sharpness = measure(model, dataloader, top_k=3)
+sharpness = measure(model, dataloader, MeasureSettings(top_k=3))
 sharpness.save("output/sharpness.json")
 """
 
@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..config import XSAMConfig
 from ..functional.power_iteration import random_unit_vector
 from ..functional.spectrum import Trace, hutchinson_trace, top_eigenpairs
 from ..functional.tensors import add_scaled, is_sharded, norm, reciprocal_or_zero, scale
@@ -31,9 +30,9 @@ from ..step.modes import evaluating
 from ..step.scope import parameters_in_scope
 from ..step.side_effects import side_effects_undone
 from .landscape import Landscape, LossFunction, Slice, angle_degrees, model_loss, plain_accelerator, uphill
+from .settings import MeasureSettings
 
 FILE_NAME = "sharpness.json"
-DISTANCES = tuple(step / 20 for step in range(-10, 11))
 PACKAGES = ("hf_xsam", "torch", "transformers", "accelerate", "scipy", "peft")
 
 
@@ -96,16 +95,9 @@ class Sharpness:
 def measure(
     model: nn.Module,
     dataloader: Iterable[Any],
+    settings: MeasureSettings | None = None,
     *,
     compute_loss: LossFunction | None = None,
-    top_k: int = 1,
-    trace_samples: int = 8,
-    rhos: Sequence[float] = (0.01, 0.05),
-    distances: Sequence[float] = DISTANCES,
-    eigen_scope: str = "trainable",
-    hvp: str = "auto",
-    tolerance: float = 1e-3,
-    seed: int = 0,
     progress: bool = True,
     accelerator: Accelerator | None = None,
 ) -> Sharpness:
@@ -119,30 +111,23 @@ def measure(
         model: any; wrapped or compiled, it is measured as its author wrote it.
         dataloader: batches, read once and kept. Batches count by their targets, that is by examples, or by tokens that
             have a label, so that an uneven last one is right.
+        settings: what to measure; by default `MeasureSettings()`.
         compute_loss: called as compute_loss(model, batch), returns the mean loss of a batch, 0-dimensional; by default
             that of a transformers model, whose batches have `labels`.
-        top_k: eigenpairs, at least 1.
-        trace_samples: random vectors for the trace, one Hessian-vector product each: 0 for none, or at least 2.
-        rhos: radii of SAM's sharpness, above 0, in the units of the weights.
-        distances: along the slices, in the units of the weights; none for no slices.
-        eigen_scope: what the Hessian spans, and what is moved: values as for `XSAMConfig.eigen_scope`.
-        hvp: how Hessian-vector products are computed: values as for `XSAMConfig.hvp`.
-        tolerance: of the eigenpairs' residual, see [`hf_xsam.functional.spectrum.top_eigenpairs`].
-        seed: of Lanczos's start and of the trace's random vectors.
         progress: whether to show a bar, which counts batches.
         accelerator: the trainer's, for its mixed precision; by default there is none. With several processes, each
             must bring the same data.
 
     Raises:
-        ValueError: for a value that is not allowed, no data, batches without labels, and parameters sharded by FSDP.
+        ValueError: for a scope without parameters, no data, batches without labels, and parameters sharded by FSDP.
         ImportError: without scipy.
         ArithmeticError: where the loss or a derivative is not finite, or the eigenpairs are not found.
         RuntimeError: where hvp is "exact" and the model has no second derivative.
     """
-    refuse_settings(top_k, trace_samples, rhos, eigen_scope, hvp, tolerance)
+    settings = MeasureSettings() if settings is None else settings
     with plain_accelerator(model) if accelerator is None else nullcontext(accelerator) as accelerator:
         model = accelerator.unwrap_model(model, keep_torch_compile=False)
-        scope = parameters_in_scope(model, eigen_scope, "eigen_scope")
+        scope = parameters_in_scope(model, settings.eigen_scope, "eigen_scope")
         parameters = list(scope.values())
         if any(is_sharded(parameter) for parameter in parameters):
             raise ValueError("The model is sharded by FSDP: use XSAMTrainer.top_eigenpair, which gathers no vector.")
@@ -153,31 +138,32 @@ def measure(
             length = norm(gradient)
             if not math.isfinite(loss) or not torch.isfinite(length):
                 raise ArithmeticError(f"The loss is {loss}, its gradient's norm {length.item()}: they must be finite.")
-            curvature = landscape.curvature(hvp)
+            curvature = landscape.curvature(settings.hvp)
             with curvature.hessian() as product:
                 bar.set_description_str("eigenvalues")
                 # The gradient has much of its length along the top eigenvectors. The random part is there lest it be
                 # orthogonal to one.
-                start = add_scaled(random_unit_vector(parameters, seed), reciprocal_or_zero(length), gradient)
-                values, vectors = top_eigenpairs(product, start, top_k, tolerance)
+                start = add_scaled(random_unit_vector(parameters, settings.seed), reciprocal_or_zero(length), gradient)
+                values, vectors = top_eigenpairs(product, start, settings.top_k, settings.tolerance)
                 bar.set_description_str("trace")
                 known = (values, vectors)
-                trace = hutchinson_trace(product, parameters, trace_samples, seed, *known) if trace_samples else None
+                samples, seed = settings.trace_samples, settings.seed
+                trace = hutchinson_trace(product, parameters, samples, seed, *known) if samples else None
             bar.set_description_str("sharpness")
-            sam_sharpness = {rho: landscape.perturbed_loss(gradient, rho) - loss for rho in rhos}
+            sam_sharpness = {rho: landscape.perturbed_loss(gradient, rho) - loss for rho in settings.rhos}
             slices = {}
-            if len(distances):
+            if distances := settings.slice_distances():
                 bar.set_description_str("slices")
                 slices["eigenvector"] = landscape.slice_along(uphill(vectors[0], gradient), distances)
                 slices["gradient"] = landscape.slice_along(scale(reciprocal_or_zero(length), gradient), distances)
-        settings = {
+        conditions = {
             "batches": landscape.batches,
             "targets": landscape.targets,
             "parameters": sum(parameter.numel() for parameter in parameters),
-            "eigen_scope": eigen_scope,
+            "eigen_scope": settings.eigen_scope,
             "hvp": curvature.method,
-            "tolerance": tolerance,
-            "seed": seed,
+            "tolerance": settings.tolerance,
+            "seed": settings.seed,
             "dtype": str(parameters[0].dtype).removeprefix("torch."),
             "mixed_precision": accelerator.mixed_precision,
             "device": str(parameters[0].device),
@@ -192,27 +178,9 @@ def measure(
         trace=trace,
         sam_sharpness=sam_sharpness,
         slices=slices,
-        settings=settings,
+        settings=conditions,
         versions=installed_versions(),
     )
-
-
-def refuse_settings(
-    top_k: int, trace_samples: int, rhos: Sequence[float], eigen_scope: str, hvp: str, tolerance: float
-) -> None:
-    """Raise a ValueError for a setting that [`measure`] does not allow."""
-    try:
-        XSAMConfig(hvp=hvp, eigen_scope=eigen_scope)  # type: ignore[arg-type]  # refuses what is not allowed
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("XSAMConfig.")) from error
-    if top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be at least 1.")
-    if trace_samples < 0 or trace_samples == 1:
-        raise ValueError(f"trace_samples is {trace_samples}; it must be 0, or at least 2 for a standard error.")
-    if not all(rho > 0 for rho in rhos):
-        raise ValueError(f"rhos are {list(rhos)}; they must be above 0.")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance is {tolerance}; it must be at least 0.")
 
 
 def installed_versions() -> dict[str, str]:

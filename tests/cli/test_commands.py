@@ -25,7 +25,7 @@ from transformers import (
 
 from hf_xsam.cli.main import main
 from hf_xsam.data.movie_reviews import cached_archive
-from hf_xsam.sharpness import measure
+from hf_xsam.sharpness import MeasureSettings, measure
 from tests.helpers import TINY, WORDS, save_tiny_classifier, save_tiny_image_classifier, save_tiny_language_model
 
 FEW = ["--samples", "12", "--batch_size", "5", "--trace_samples", "2", "--slice_points", "3", "--device", "cpu"]
@@ -79,7 +79,7 @@ def test_a_text_classifier_on_a_file_equals_measure(tmp_path, reviews):
     with open(reviews) as file:
         rows = [(tokenizer(row["text"]), int(row["label"] == "no")) for row in csv.DictReader(file)]
     batch = DataCollatorWithPadding(tokenizer)([{**tokens, "labels": label} for tokens, label in rows])
-    expected = measure(model, [dict(batch)], top_k=2, rhos=[0.02, 0.1], progress=False)
+    expected = measure(model, [dict(batch)], MeasureSettings(top_k=2, rhos=[0.02, 0.1]), progress=False)
     assert found["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert found["eigenvalues"] == pytest.approx(expected.eigenvalues, rel=1e-3)
     assert found["sam_sharpness"] == pytest.approx(expected.to_dict()["sam_sharpness"], rel=1e-3)
@@ -264,7 +264,7 @@ def test_models_that_do_not_fit_are_named(tmp_path, reviews, capsys):
         (["--eigen_scope", "lora"], "eigen_scope is 'lora', which matches no trainable parameter"),
         (["--top_k", "0", "--dataset", "nowhere.csv"], "top_k is 0; it must be at least 1"),
         (["--slice_points", "-1"], "slice_points is -1; it must be at least 0"),
-        (["--tolerance", "nan"], "tolerance is nan; it must be at least 0"),
+        (["--tolerance", "nan"], "tolerance is nan; it must be a finite number"),
         (["--rhos", "-1"], r"rhos are \[-1\.0\]; they must be above 0"),
         (["--hvp", "guess"], "argument --hvp: invalid choice: 'guess'"),
         (["--top_k", "many"], "argument --top_k/--top-k: invalid int value: 'many'"),

@@ -12,10 +12,12 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainer
-from hf_xsam.sharpness import measure
+from hf_xsam.sharpness import MeasureSettings, measure
 from tests.cases import tiny_bert
 from tests.helpers import arguments, examples_of, logs_of, save_tiny_language_model, weights_of
 
+# The callback's own.
+LITTLE = {"rhos": [0.05], "trace_samples": 0, "slice_points": 0}
 KEYS = {"loss", "gradient_norm", "top_eigenvalue", "gradient_angle_degrees", "sam_sharpness"}
 
 
@@ -81,7 +83,8 @@ def test_training_is_the_same_bit_for_bit(tmp_path, kind, hvp):
     overrides = {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "optim": "adamw_torch", "num_train_epochs": 2}
     overrides |= {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     runs = []
-    for callback in (None, {"every": 1, "samples": 10, "trace_samples": 2, "hvp": hvp}):
+    settings = MeasureSettings(**LITTLE | {"trace_samples": 2, "hvp": hvp})
+    for callback in (None, {"every": 1, "samples": 10, "settings": settings}):
         recorder = AfterEachStep()
         runs.append((train(tmp_path, kind, callback, [recorder], **overrides), recorder.weights))
     (plain, expected), (watched, weights) = runs
@@ -96,7 +99,9 @@ def test_logs_are_of_the_loss_that_is_trained(tmp_path):
     def smoothed(outputs, labels, num_items_in_batch=None):
         return nn.functional.cross_entropy(outputs.logits, labels, label_smoothing=0.2)
 
-    trainer = train(tmp_path, callback={"every": 4, "samples": 100, "trace_samples": 3}, compute_loss_func=smoothed)
+    settings = MeasureSettings(**LITTLE | {"trace_samples": 3})
+    callback = {"every": 4, "samples": 100, "settings": settings}
+    trainer = train(tmp_path, callback=callback, compute_loss_func=smoothed)
     # 6 steps: at the 4th and at the last, which is the end of training too.
     assert [log["step"] for log in measured(trainer)] == [4, 6]
     assert all(log.keys() >= {f"sharpness/{name}" for name in KEYS | {"trace"}} for log in measured(trainer))
@@ -105,13 +110,26 @@ def test_logs_are_of_the_loss_that_is_trained(tmp_path):
     def compute_loss(model, batch):
         return smoothed(model(input_ids=batch["input_ids"]), batch["labels"])
 
-    found = measure(trainer.model, [columns], compute_loss=compute_loss, trace_samples=3, distances=(), progress=False)
+    found = measure(trainer.model, [columns], settings, compute_loss=compute_loss, progress=False)
     last = measured(trainer)[-1]
     assert last["sharpness/loss"] == pytest.approx(found.loss, rel=1e-5)
     assert last["sharpness/top_eigenvalue"] == pytest.approx(found.eigenvalues[0], rel=1e-3)
     assert last["sharpness/trace"] == pytest.approx(found.trace.mean, rel=1e-3)
     assert last["sharpness/sam_sharpness"] == pytest.approx(found.sam_sharpness[0.05], rel=1e-3)
     assert last["sharpness/gradient_angle_degrees"] == pytest.approx(found.gradient_angles_degrees[0], abs=0.1)
+
+
+def test_settings_say_what_is_logged(tmp_path):
+    settings = MeasureSettings(top_k=2, trace_samples=0, rhos=[0.3, 0.1], slice_points=3)
+    trainer = train(tmp_path, callback={"samples": 8, "settings": settings}, max_steps=1)
+    found = XSAMCallback(trainer, samples=8, settings=settings).measure()
+    assert (len(found.eigenvalues), list(found.sam_sharpness), len(found.slices)) == (2, [0.3, 0.1], 2)
+    [log] = measured(trainer)
+    assert log["sharpness/sam_sharpness"] == pytest.approx(found.sam_sharpness[0.3], rel=1e-5)
+    settings = MeasureSettings(trace_samples=0, rhos=[], slice_points=0)
+    [log] = measured(train(tmp_path, callback={"samples": 8, "settings": settings}, max_steps=1))
+    assert "sharpness/top_eigenvalue" in log
+    assert "sharpness/sam_sharpness" not in log
 
 
 def test_the_checkpoint_and_the_reports_have_it(tmp_path):
@@ -221,7 +239,8 @@ def test_collators_that_draw_give_the_same_batches_whatever_was_drawn_before(tmp
 
 def test_the_seed_chooses_the_examples(tmp_path):
     trainer = Trainer(bert_with_dropout(), arguments(tmp_path), train_dataset=sentences())
-    losses = [XSAMCallback(trainer, samples=8, seed=seed).measure().loss for seed in (0, 0, 1)]
+    settings = [MeasureSettings(**LITTLE, seed=seed) for seed in (0, 0, 1)]
+    losses = [XSAMCallback(trainer, samples=8, settings=each).measure().loss for each in settings]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -237,15 +256,8 @@ def test_what_does_not_fit_is_named(tmp_path):
     for name in ("every", "samples"):
         with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
             XSAMCallback(trainer, dataset=sentences(), **{name: 0})
-    for settings, message in (
-        ({"eigen_scope": "lora"}, "eigen_scope is 'lora', which matches no trainable parameter"),
-        ({"trace_samples": 1}, "trace_samples is 1; it must be 0, or at least 2"),
-        ({"rho": -0.05}, "rho is -0.05; it must be above 0"),
-        ({"tolerance": -1.0}, "tolerance is -1.0; it must be at least 0"),
-        ({"hvp": "exct"}, "hvp is 'exct'; it must be one of"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            XSAMCallback(trainer, dataset=sentences(), **settings)
+    with pytest.raises(ValueError, match="eigen_scope is 'lora', which matches no trainable parameter"):
+        XSAMCallback(trainer, dataset=sentences(), settings=MeasureSettings(eigen_scope="lora"))
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="cannot measure a model sharded by FSDP"):
         XSAMCallback(trainer, dataset=sentences())

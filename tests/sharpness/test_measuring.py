@@ -16,12 +16,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_xsam.functional.spectrum import hutchinson_trace, top_eigenpairs
-from hf_xsam.sharpness import measure
+from hf_xsam.sharpness import MeasureSettings, measure
 from hf_xsam.step.scope import parameters_in_scope, trainable_parameters
 from tests.cases import TRANSFORMERS, tanh_network, tiny_bert, tiny_llama
 from tests.helpers import weights_of
 
-QUIET = {"progress": False, "trace_samples": 0, "distances": (), "rhos": ()}
+
+def eigenpairs(model, data, compute_loss=None, **settings):
+    """Measure the eigenpairs alone."""
+    settings = MeasureSettings(**{"trace_samples": 0, "rhos": [], "slice_points": 0} | settings)
+    return measure(model, data, settings, compute_loss=compute_loss, progress=False)
 
 
 def flat(tensors):
@@ -69,17 +73,10 @@ def check_eigenpairs(sharpness, hessian, top_k, rel):
 
 def test_all_equals_the_dense_hessians(problem):
     network, loader, compute_loss, (loss, gradient, hessian, loss_at) = problem
-    found = measure(
-        network,
-        loader,
-        compute_loss=compute_loss,
-        top_k=3,
-        trace_samples=200,
-        rhos=[0.01, 0.3],
-        distances=[-1, 0.0, 0.1],
-        tolerance=1e-12,
-        progress=False,
+    settings = MeasureSettings(
+        top_k=3, trace_samples=200, rhos=[0.01, 0.3], slice_radius=0.3, slice_points=3, tolerance=1e-12
     )
+    found = measure(network, loader, settings, compute_loss=compute_loss, progress=False)
     assert found.loss == pytest.approx(loss.item(), rel=1e-14)
     assert found.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-12)
     check_eigenpairs(found, hessian, 3, rel=1e-10)
@@ -98,8 +95,8 @@ def test_all_equals_the_dense_hessians(problem):
     top = flat(found.eigenvectors[0].values())
     top = top if top @ gradient > 0 else -top
     for name, direction in (("eigenvector", top), ("gradient", uphill)):
-        assert found.slices[name].distances == [-1, 0.0, 0.1]
-        expected = [loss_at(here + distance * direction).item() for distance in (-1, 0.0, 0.1)]
+        assert found.slices[name].distances == [-0.3, 0.0, 0.3]
+        expected = [loss_at(here + distance * direction).item() for distance in (-0.3, 0.0, 0.3)]
         assert found.slices[name].losses == pytest.approx(expected, abs=1e-13)
     assert found.settings["hvp"] == "exact"
     assert found.settings["targets"] == 11
@@ -136,7 +133,7 @@ def test_known_eigenpairs_are_taken_out_of_the_trace():
 def test_uneven_batches_count_by_their_examples(problem):
     network, loader, compute_loss, _ = problem
     whole = [next(iter(DataLoader(loader.dataset, batch_size=11)))]
-    one, several = (measure(network, data, compute_loss=compute_loss, **QUIET) for data in (whole, loader))
+    one, several = (eigenpairs(network, data, compute_loss=compute_loss) for data in (whole, loader))
     assert one.eigenvalues == pytest.approx(several.eigenvalues, rel=1e-10)
     assert one.loss == pytest.approx(several.loss, rel=1e-14)
 
@@ -157,7 +154,7 @@ def test_batches_of_other_forms_count_by_their_rows(form):
         x = batch if isinstance(batch, torch.Tensor) else batch.get("pixel_values", batch["labels"])
         return model(x).square().mean()
 
-    found = measure(network, [form(rows[:8]), form(rows[8:])], compute_loss=compute_loss, **QUIET)
+    found = eigenpairs(network, [form(rows[:8]), form(rows[8:])], compute_loss=compute_loss)
     assert found.settings["targets"] == 10
     assert found.loss == pytest.approx(compute_loss(network, rows).item(), rel=1e-12)
 
@@ -169,7 +166,7 @@ def test_language_models_batches_count_by_their_tokens():
     batch["labels"][:5, :8] = -100
     batch["labels"][5:, 11] = -100
     parts = [{name: column[part] for name, column in batch.items()} for part in (slice(0, 3), slice(3, 8))]
-    whole, several = (measure(model, data, **QUIET) for data in ([batch], parts))
+    whole, several = (eigenpairs(model, data) for data in ([batch], parts))
     assert several.loss == pytest.approx(model(**batch).loss.item(), rel=1e-6)
     assert several.eigenvalues == pytest.approx(whole.eigenvalues, rel=1e-4)
     assert several.settings["targets"] == 5 * 4 + 3 * 10
@@ -186,11 +183,11 @@ def test_transformers_equal_the_dense_hessian_over_a_scope(build):
         return torch.func.functional_call(model, weights, (), batch).loss
 
     _, gradient, hessian, _ = dense(loss_at, scope)
-    exact = measure(model, [batch], top_k=2, eigen_scope="norm", hvp="exact", tolerance=1e-5, **QUIET)
+    exact = eigenpairs(model, [batch], top_k=2, eigen_scope="norm", hvp="exact", tolerance=1e-5)
     check_eigenpairs(exact, hessian, 2, rel=1e-4)
     assert exact.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-4)
     assert list(exact.eigenvectors[0]) == list(scope)
-    numeric = measure(model, [batch], top_k=2, eigen_scope="norm", hvp="finite_difference", **QUIET)
+    numeric = eigenpairs(model, [batch], top_k=2, eigen_scope="norm", hvp="finite_difference")
     assert numeric.eigenvalues == pytest.approx(exact.eigenvalues, rel=0.02)
     assert numeric.settings["hvp"] == "finite_difference"
 
@@ -215,7 +212,7 @@ def test_lora_with_its_base_frozen():
         return torch.func.functional_call(model, weights, (), batch).loss
 
     hessian = dense(loss_at, scope)[2]
-    found = measure(model, [batch], eigen_scope="lora", tolerance=1e-5, **QUIET)
+    found = eigenpairs(model, [batch], eigen_scope="lora", tolerance=1e-5)
     check_eigenpairs(found, hessian, 1, rel=1e-3)
     assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
 
@@ -260,14 +257,14 @@ def test_nothing_is_left_of_it(hvp, fails):
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     buffers = [buffer.clone() for buffer in model.buffers()]
     generator = torch.get_rng_state()
-    settings = {"trace_samples": 4, "progress": False, "hvp": hvp, "compute_loss": compute_loss}
-    settings["distances"] = [0.1] * 40
+    settings = MeasureSettings(trace_samples=4, hvp=hvp, slice_points=40)
+    options = {"compute_loss": compute_loss, "progress": False}
     if fails is None:
-        measure(model, DataLoader([batch], batch_size=None, shuffle=True), **settings)
+        measure(model, DataLoader([batch], batch_size=None, shuffle=True), settings, **options)
         assert calls > 30
     else:
         with pytest.raises(fails):
-            measure(model, [batch], **settings)
+            measure(model, [batch], settings, **options)
     assert torch.equal(weights_of(model), weights)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
@@ -292,7 +289,7 @@ def test_the_json_is_what_was_found(problem, tmp_path):
     assert len(content["slices"]["gradient"]["losses"]) == len(content["slices"]["eigenvector"]["distances"]) == 21
     assert content["settings"]["seed"] == 0
     assert content["versions"]["torch"] == version("torch")  # without the tag that torch.__version__ has for CUDA
-    bare = measure(network, loader, compute_loss=compute_loss, **QUIET).save(tmp_path / "new" / "bare.json")
+    bare = eigenpairs(network, loader, compute_loss=compute_loss).save(tmp_path / "new" / "bare.json")
     content = json.loads(bare.read_text())
     assert (content["trace"], content["slices"], content["sam_sharpness"]) == (None, {}, {})
 
@@ -300,23 +297,39 @@ def test_the_json_is_what_was_found(problem, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
-        ({"top_k": 43}, "top_k is 43; the Hessian has 43 rows"),
-        ({"trace_samples": 1}, "trace_samples is 1; it must be 0, or at least 2"),
-        ({"rhos": [0.1, 0]}, r"rhos are \[0\.1, 0\]; they must be above 0"),
-        ({"rhos": [float("nan")]}, r"rhos are \[nan\]; they must be above 0"),
-        ({"hvp": "guess"}, "^hvp is 'guess'; it must be one of"),
-        ({"eigen_scope": "("}, "^eigen_scope is '\\('; it must be"),
-        ({"eigen_scope": "lora"}, "eigen_scope is 'lora', which matches no trainable parameter"),
+        ({"top_k": 0}, "^top_k is 0; it must be at least 1.$"),
+        ({"top_k": 1.0}, "^top_k is 1.0; it must be an integer.$"),
+        ({"trace_samples": 1}, "^trace_samples is 1; it must be 0, or at least 2 for a standard error.$"),
+        ({"trace_samples": -2}, "^trace_samples is -2; it must be 0, or at least 2"),
+        ({"rhos": [0.1, 0]}, r"^rhos are \[0\.1, 0\]; they must be above 0.$"),
+        ({"rhos": [math.nan]}, r"^rhos are \[nan\]; they must be above 0"),
+        ({"slice_radius": 0.0}, "^slice_radius is 0.0; it must be above 0.$"),
+        ({"slice_points": -1}, "^slice_points is -1; it must be at least 0"),
+        ({"tolerance": -1.0}, "^tolerance is -1.0; it must be at least 0"),
+        ({"tolerance": math.nan}, "^tolerance is nan; it must be a finite number"),
+        ({"hvp": "guess"}, "^hvp is 'guess'; it must be one of 'auto', 'exact', 'finite_difference'.$"),
+        ({"eigen_scope": "("}, "^eigen_scope is '\\('; it must be 'trainable', 'lora', 'norm' or a regular"),
+    ],
+)
+def test_settings_that_are_not_allowed_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MeasureSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": MeasureSettings(top_k=43)}, "top_k is 43; the Hessian has 43 rows"),
+        ({"settings": MeasureSettings(eigen_scope="lora")}, "eigen_scope is 'lora', which matches no trainable"),
         ({"dataloader": []}, "dataloader has no batches"),
         ({"dataloader": [{"x": [1.0]}]}, "gives a batch without a tensor"),
         ({"compute_loss": None, "dataloader": [{"x": torch.zeros(1)}]}, "batches need `labels`"),
     ],
 )
-def test_what_does_not_fit_is_named(problem, settings, message):
+def test_what_does_not_fit_is_named(problem, change, message):
     network, loader, compute_loss, _ = problem
     with pytest.raises(ValueError, match=message):
-        measure(network, **{"dataloader": loader, "compute_loss": compute_loss, "progress": False} | settings)
+        measure(network, **{"dataloader": loader, "compute_loss": compute_loss, "progress": False} | change)
 
 
 class Never(torch.autograd.Function):
@@ -341,19 +354,19 @@ def test_an_obstacle_without_a_message_is_named_by_its_type(problem):
         return output.square().mean()
 
     with pytest.raises(RuntimeError, match="the model has no second derivative: NotImplementedError. Use"):
-        measure(network, loader, compute_loss=compute_loss, hvp="exact", progress=False)
+        eigenpairs(network, loader, compute_loss, hvp="exact")
 
 
 def test_a_loss_that_is_not_finite_is_refused(problem):
     network, loader, compute_loss, _ = problem
     with pytest.raises(ArithmeticError, match="The loss is nan"):
-        measure(network, loader, compute_loss=lambda model, batch: compute_loss(model, batch) * math.nan, **QUIET)
+        eigenpairs(network, loader, compute_loss=lambda model, batch: compute_loss(model, batch) * math.nan)
 
 
 def test_a_loss_without_curvature_is_said():
     model, batches = nn.Linear(3, 1), [torch.randn(5, 3)]
     with pytest.raises(ArithmeticError, match="the loss is linear"):
-        measure(model, batches, compute_loss=lambda model, batch: model(batch).mean(), **QUIET)
+        eigenpairs(model, batches, compute_loss=lambda model, batch: model(batch).mean())
 
 
 def test_the_core_needs_no_scipy():
@@ -364,7 +377,7 @@ def test_the_core_needs_no_scipy():
 def test_a_compiled_model_is_measured_as_it_was_written():
     torch.manual_seed(0)
     model, batch = tiny_bert()
-    plain = measure(model, [batch], **QUIET)
-    compiled = measure(torch.compile(model), [batch], **QUIET)
+    plain = eigenpairs(model, [batch])
+    compiled = eigenpairs(torch.compile(model), [batch])
     assert compiled.eigenvalues == pytest.approx(plain.eigenvalues, rel=1e-5)
     assert list(compiled.eigenvectors[0]) == list(trainable_parameters(model))

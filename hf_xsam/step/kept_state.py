@@ -1,0 +1,134 @@
+"""What a training step changes in the model and the trainer beside gradients, kept so that it can be put back.
+
+Buffers, attributes of modules and of the trainer, and frozen weights that a forward pass moves, such as a momentum
+encoder's. Random generators are in `random_state`.
+"""
+
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Restore = Callable[[], None]
+
+# What every module has, which passes do not change or which is put back elsewhere (modes, weights, buffers).
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# What cannot change within.
+CONSTANT = (bool, int, float, complex, str, bytes, type(None))
+CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)
+# Containers of more elements, and tensors of more that are no buffers, are left as they are; the elements of a
+# container are looked into where there are few.
+LARGEST_CONTAINER = 10_000
+LARGEST_TENSOR = 2**22
+FEW, DEPTH = 32, 3
+
+
+class KeptState:
+    """The state of some objects at one time.
+
+    Buffers and attributes that hold tensors, NumPy arrays and small containers of them are copied; of other attributes
+    it is kept which object they were. Quantized weights in buffers are not copied: they may be most of a model, and are
+    only read.
+
+    Args:
+        owners: modules, and other objects whose attributes count.
+        weights: parameters whose values are kept.
+    """
+
+    def __init__(self, owners: Iterable[Any], weights: Iterable[Tensor] = ()) -> None:
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._contents: list[Restore] = [_tensor_restorer(weight) for weight in weights]
+        for owner in owners:
+            own = {name: value for name, value in vars(owner).items() if _counts(name)}
+            self._attributes.append((vars(owner), own))
+            for value in own.values():
+                if not isinstance(value, CONSTANT):
+                    self._contents += _restorers(value, DEPTH)
+            if isinstance(owner, nn.Module) and owner._buffers:
+                self._attributes.append((owner._buffers, dict(owner._buffers)))
+                buffers = (buffer for buffer in owner._buffers.values() if buffer is not None)
+                self._contents += [_tensor_restorer(buffer) for buffer in buffers if not _is_quantized_weight(buffer)]
+
+    def restore(self) -> None:
+        """Put everything back as it was, whether a pass wrote into an object or put another one in its place."""
+        for now, before in self._attributes:
+            for name in [name for name in now if name not in before and _counts(name)]:
+                del now[name]
+            for name, value in before.items():
+                if name not in now or now[name] is not value:
+                    now[name] = value
+        with torch.no_grad():
+            for restore in self._contents:
+                restore()
+
+
+def _counts(name: str) -> bool:
+    return name not in OF_EVERY_MODULE and not name.startswith(("_xsam", "xsam_")) and not name.endswith("dataset")
+
+
+def _restorers(value: Any, depth: int) -> Iterator[Restore]:
+    """Yield what puts back the contents of `value`, as far as it can change within."""
+    if isinstance(value, Tensor):
+        if not isinstance(value, nn.Parameter) and value.grad_fn is None and value.numel() <= LARGEST_TENSOR:
+            yield _tensor_restorer(value)
+    elif isinstance(value, np.ndarray) and value.size <= LARGEST_TENSOR:
+        yield _array_restorer(value)
+    elif type(value) in CONTAINERS and len(value) <= LARGEST_CONTAINER:
+        yield _container_restorer(value)
+    if depth and isinstance(value, (tuple, *CONTAINERS)) and len(value) <= FEW:
+        for element in value.values() if isinstance(value, dict) else value:
+            if not isinstance(element, CONSTANT):
+                yield from _restorers(element, depth - 1)
+
+
+def _tensor_restorer(tensor: Tensor) -> Restore:
+    storage, value = tensor.detach(), tensor.detach().clone()  # the same memory, though `tensor.data` is set
+    strided = storage.layout == torch.strided and type(tensor) in (Tensor, nn.Parameter)
+    inference = storage.is_inference()
+    if strided and any(stride == 0 and size > 1 for stride, size in zip(storage.stride(), storage.shape, strict=True)):
+        return lambda: None  # elements share memory: nothing can have written into them
+
+    def restore() -> None:
+        with torch.inference_mode(inference):  # outside of which such tensors cannot be written into
+            if strided and (tensor.data_ptr() != storage.data_ptr() or tensor.shape != storage.shape):
+                tensor.data = storage
+            storage.copy_(value)
+
+    return restore
+
+
+def _array_restorer(array: np.ndarray) -> Restore:
+    value = array.copy()
+
+    def restore() -> None:
+        array[...] = value
+
+    return restore
+
+
+def _container_restorer(container: Any) -> Restore:
+    value = container.copy()
+
+    def restore() -> None:
+        if not _same(container, value):
+            container.clear()
+            container.extend(value) if isinstance(container, list | deque) else container.update(value)
+
+    return restore
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Return whether two containers hold the same objects."""
+    if isinstance(one, set):
+        return one == other
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(x is y for x, y in zip(one.values(), other.values(), strict=True))
+    return len(one) == len(other) and all(x is y for x, y in zip(one, other, strict=True))
+
+
+def _is_quantized_weight(tensor: Tensor) -> bool:
+    """Return whether it looks like the weights of a layer of AWQ, GPTQ or BitNet, which keep them in buffers."""
+    return tensor.ndim > 1 and tensor.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32)
