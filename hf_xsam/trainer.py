@@ -1,7 +1,7 @@
 """X-SAM for any `Trainer`: each optimizer step's gradient is replaced by X-SAM's."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from .step.processes import all_finite, holds_everywhere
 from .step.refusals import refuse_optimizer, refuse_unsupported
 from .step.replay import MicroBatch, Window
 from .step.scope import in_scope, parameters_in_scope, trainable_parameters
-from .step.side_effects import Buffers, RandomState, copied, devices_of, logs_dropped, side_effects_undone
+from .step.side_effects import Surroundings, copied, logs_dropped
 
 if TYPE_CHECKING:
     _Trainer = Trainer  # what the mixin stands in front of
@@ -61,6 +61,7 @@ class XSAMTrainerMixin(_Trainer):
     rows_are_examples = True
 
     _xsam_window: Window | None  # what is gathered of the optimizer step under way
+    _xsam_surroundings: Surroundings | None  # found at the first step of a training
     _xsam_hvp_method: Method | None  # chosen at the first product of a training, which shows what the model allows
 
     def __init__(self, *args: Any, xsam_config: XSAMConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -88,9 +89,9 @@ class XSAMTrainerMixin(_Trainer):
             The stock step's loss, at the unperturbed weights.
         """
         if self._xsam_window is None:
-            self._xsam_window = Window(self._step_again, self.accelerator, model, Buffers.capture(model))
+            self._xsam_window = self._new_window(model)
         window = self._xsam_window
-        kept_inputs, random_state = copied(inputs), RandomState.capture(devices_of(model, self.args.device))
+        kept_inputs, random_state = copied(inputs), window.surroundings.random_state()
         try:
             with self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext():
                 loss = super().training_step(model, inputs, num_items_in_batch)
@@ -98,7 +99,7 @@ class XSAMTrainerMixin(_Trainer):
             window.micro_batches.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss, steps))
             if self.accelerator.sync_gradients:
                 self._xsam_window = None
-                with self._side_effects_undone(model):
+                with logs_dropped(self), window.surroundings.undone() as window.after:
                     self._sharpness_aware_gradient(window)
                 self.xsam_state.step = self.state.global_step + 1
         except BaseException:
@@ -107,20 +108,16 @@ class XSAMTrainerMixin(_Trainer):
             raise
         return loss
 
+    def _new_window(self, model: nn.Module) -> Window:
+        if self._xsam_surroundings is None:
+            self._xsam_surroundings = Surroundings(self._unwrapped_model(), self.args.device, self)
+        return Window(self._step_again, self.accelerator, model, self._xsam_surroundings)
+
     def _step_again(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         # Micro-batches left over from the end of data without a length have another divisor than the window's last one.
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
         items = micro_batch.num_items_in_batch  # of a part of the rows no whole number, which the stock step allows
         return super().training_step(model, copied(micro_batch.inputs), items)  # type: ignore[arg-type]
-
-    @contextmanager
-    def _side_effects_undone(self, model: nn.Module) -> Iterator[None]:
-        """Undo what training steps within the block leave behind, so that each step counts once.
-
-        To be extended for trainers that count in their steps, as [`hf_xsam.integrations.trl`] does.
-        """
-        with logs_dropped(self), side_effects_undone(model, self.args.device):
-            yield
 
     def _sharpness_aware_gradient(self, window: Window) -> None:
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
@@ -293,7 +290,8 @@ class XSAMTrainerMixin(_Trainer):
 
     def _begin_afresh(self) -> None:
         """Drop what an earlier training has left: a part of a window, means to be logged, the kind of product."""
-        self._xsam_window, self._xsam_metrics, self._xsam_hvp_method = None, RunningMeans(), None
+        self._xsam_window = self._xsam_surroundings = self._xsam_hvp_method = None
+        self._xsam_metrics = RunningMeans()
 
     # The Trainer's own methods. The first one is where each training begins, also where `auto_find_batch_size` tries
     # again after a step that ran out of memory.

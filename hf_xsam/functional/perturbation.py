@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .tensors import local, norm, reciprocal_or_zero, scale, wide_dtype
+from .tensors import is_sharded, local, norm, reciprocal_or_zero, scale, wide_dtype
 
 # Where weights are rounded, perturbations are scaled by 2**-1 to 2**16; 12 halvings find the factor within 0.3%.
 EXPONENTS = (-1.0, 16.0)
@@ -44,7 +44,8 @@ def perturbed(weights: Sequence[Tensor], perturbation: Sequence[Tensor]) -> Iter
     """Hold `weights` at w + perturbation within the block, and at w, bit for bit, after it.
 
     The weights are copied back: subtracting the perturbation would leave a rounding error in them (in
-    bfloat16, most of it). They are put back as well when the block is left by an exception.
+    bfloat16, most of it). They are put back as well when the block is left by an exception, and when the block has
+    given a weight other memory (`weight.data = ...`).
 
     Weights in half precision round much of a small perturbation away. It is then enlarged until they move by its
     norm, see [`representable`].
@@ -64,6 +65,9 @@ def perturbed(weights: Sequence[Tensor], perturbation: Sequence[Tensor]) -> Iter
     finally:
         # One call, which a second Ctrl-C cannot cut in two.
         torch._foreach_copy_(held, backup)
+        for weight, storage in zip(weights, held, strict=True):
+            if not is_sharded(weight) and weight.data_ptr() != storage.data_ptr():
+                weight.data = storage
 
 
 def representable(weights: Sequence[Tensor], perturbation: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -28,9 +28,13 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of `tensor`, sharing its memory: a plain tensor, outside of any graph."""
+    """Return what this process holds of `tensor`, sharing its memory: a plain tensor, outside of any graph.
+
+    Complex numbers are two real ones, in a last dimension: X-SAM's vectors are over the real numbers.
+    """
     tensor = tensor.detach() if tensor.requires_grad else tensor
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
@@ -56,8 +60,9 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
     def squares() -> Iterator[tuple[Tensor, Tensor]]:
         # In groups: `tensors` may be computed as they are asked for, to hold few at a time.
         while group := list(islice(iterator, 32)):
-            dtype = reduce(torch.promote_types, map(wide_dtype, group))
-            norms = torch._foreach_norm([local(x) for x in group], dtype=dtype)
+            held = [local(x) for x in group]
+            dtype = reduce(torch.promote_types, map(wide_dtype, held))
+            norms = torch._foreach_norm(held, dtype=dtype)
             yield from zip(group, torch._foreach_mul(norms, norms), strict=True)
 
     return _total(squares()).sqrt()

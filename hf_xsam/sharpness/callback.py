@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..step.random_state import RandomState
 from ..step.scope import parameters_in_scope
-from ..step.side_effects import RandomState, copied, counts_undone, logs_dropped
+from ..step.side_effects import Surroundings, copied, logs_dropped
 from .measuring import Sharpness, measure
 from .settings import MeasureSettings
 
@@ -125,12 +126,13 @@ class XSAMCallback(TrainerCallback):
             self._batches = choose_batches(trainer, self._data, self._samples, self._settings.seed)
 
         def compute_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+            before.restore()  # a batch's loss depends on the weights alone
             loss = trainer.compute_loss(model, copied(batch))
             assert isinstance(loss, Tensor)  # a tuple only with return_outputs
             return loss
 
         assert isinstance(trainer.model, nn.Module)
-        with counts_undone(trainer), logs_dropped(trainer):
+        with logs_dropped(trainer), Surroundings(trainer.model, trainer.args.device, trainer).undone() as before:
             return measure(
                 trainer.model,
                 self._batches,
@@ -149,7 +151,7 @@ def choose_batches(trainer: Trainer, dataset: Any, samples: int, seed: int) -> l
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     size = trainer.args.per_device_train_batch_size
-    random_state = RandomState.capture([])
+    random_state = RandomState.capture()
     random.seed(seed), np.random.seed(seed), torch.default_generator.manual_seed(seed)  # for masks that collators draw
     try:
         examples = [dataset[number] for number in chosen]

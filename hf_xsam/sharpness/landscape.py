@@ -44,7 +44,6 @@ class Landscape:
             their targets.
         compute_loss: the mean loss of a batch, called as compute_loss(model, batch).
         parameters: w; what derivatives are taken with respect to.
-        on_batch: called after each batch's forward pass.
 
     Raises:
         ValueError: where no batch has a target.
@@ -57,12 +56,9 @@ class Landscape:
         data: Iterable[Any],
         compute_loss: LossFunction,
         parameters: Sequence[nn.Parameter],
-        on_batch: Callable[[], Any],
     ) -> None:
         def loss_on(batch: Any) -> Tensor:
-            loss = compute_loss(model, send_to_device(batch, parameters[0].device))
-            on_batch()
-            return loss
+            return compute_loss(model, send_to_device(batch, parameters[0].device))
 
         counted = [(batch, count) for batch in data if (count := targets_in(batch, model))]
         if not counted:

@@ -28,7 +28,7 @@ from ..functional.tensors import add_scaled, is_sharded, norm, reciprocal_or_zer
 from ..step.gradients import gradients_set_aside
 from ..step.modes import evaluating
 from ..step.scope import parameters_in_scope
-from ..step.side_effects import side_effects_undone
+from ..step.side_effects import Moment, Surroundings
 from .landscape import Landscape, LossFunction, Slice, angle_degrees, model_loss, plain_accelerator, uphill
 from .settings import MeasureSettings
 
@@ -131,8 +131,15 @@ def measure(
         parameters = list(scope.values())
         if any(is_sharded(parameter) for parameter in parameters):
             raise ValueError("The model is sharded by FSDP: use XSAMTrainer.top_eigenpair, which gathers no vector.")
-        with _nothing_left_behind(model, parameters[0].device), _bar(progress) as bar:
-            landscape = Landscape(accelerator, model, dataloader, compute_loss or model_loss, parameters, bar.update)
+        with _nothing_left_behind(model, parameters[0].device) as before, _bar(progress) as bar:
+
+            def loss_on(model: nn.Module, batch: Any) -> Tensor:
+                before.restore()  # a batch's loss depends on the weights alone
+                loss = (compute_loss or model_loss)(model, batch)
+                bar.update()
+                return loss
+
+            landscape = Landscape(accelerator, model, dataloader, loss_on, parameters)
             bar.set_description_str("gradient")
             loss, gradient = landscape.loss(), landscape.gradient()
             length = norm(gradient)
@@ -195,9 +202,10 @@ def installed_versions() -> dict[str, str]:
 
 
 @contextmanager
-def _nothing_left_behind(model: nn.Module, device: torch.device) -> Iterator[None]:
-    with evaluating(model), side_effects_undone(model, device), gradients_set_aside(model), torch.enable_grad():
-        yield
+def _nothing_left_behind(model: nn.Module, device: torch.device) -> Iterator[Moment]:
+    undone = Surroundings(model, device).undone()
+    with evaluating(model), undone as before, gradients_set_aside(model), torch.enable_grad():
+        yield before
 
 
 def _bar(shown: bool) -> AbstractContextManager[Any]:

@@ -1,10 +1,12 @@
 """The curvature of a training loss under Accelerate: Hessian-vector products, and the top eigenpair."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
@@ -22,12 +24,19 @@ from .gradients import gradients_set_aside
 from .loss import Loss, mean_loss
 from .modes import evaluating, forward_passes_evaluated, reshard, twice_differentiable_attention
 from .precision import coarsest_dtype, loss_scale
-from .processes import mean_over_processes
+from .processes import holds_everywhere, mean_over_processes
+from .refusals import first_line
 from .scope import others_frozen, parameters_in_scope
-from .side_effects import copied, counts_undone, logs_dropped, side_effects_undone
+from .side_effects import Surroundings, copied, logs_dropped
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+class ExactProductError(RuntimeError):
+    """An exact Hessian-vector product cannot be computed."""
 
 
 class Curvature:
@@ -79,12 +88,27 @@ class Curvature:
             reduce = self.accelerator.num_processes > 1 and (exact or self.loss.gradient_is_local)
 
             def product(vector: Sequence[Tensor]) -> list[Tensor]:
-                result = scaled(vector)
+                result = self._exact(scaled, vector) if exact else scaled(vector)
                 if self.accelerator.scaler is not None:
                     multiply(result, 1 / loss_scale(self.accelerator))
                 return mean_over_processes(self.accelerator, result) if reduce else result
 
             yield product
+
+    def _exact(self, product: HessianVectorProduct, vector: Sequence[Tensor]) -> list[Tensor]:
+        """Return H v where all processes can compute it, for all of them have to go on the same way."""
+        result, error = None, None
+        try:
+            result = product(vector)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as raised:  # of the user's code too, which may take another path in evaluation mode
+            error = raised
+        reached = torch.tensor(error is None, device=self.accelerator.device)
+        if not holds_everywhere(self.accelerator, reached) or result is None:
+            reason = "another process's failed" if error is None else first_line(error).rstrip(".")
+            raise ExactProductError(f"an exact Hessian-vector product failed ({reason})") from error
+        return result
 
     @contextmanager
     def _exact_products(self) -> Iterator[HessianVectorProduct]:
@@ -112,9 +136,20 @@ class Curvature:
         momentum: float = 0.0,
         gradient: Sequence[Tensor] | None = None,
     ) -> Eigenpair:
-        """Return what power iteration finds from `start`: see [`hf_xsam.functional.power_iteration`]."""
-        with self.hessian(gradient) as product:
-            return power_iteration(product, start, iterations, shift, momentum)
+        """Return what power iteration finds from `start`: see [`hf_xsam.functional.power_iteration`].
+
+        Where "auto" has chosen exact products and one fails, for a later batch takes other operations, finite
+        differences take their place.
+        """
+        try:
+            with self.hessian(gradient) as product:
+                return power_iteration(product, start, iterations, shift, momentum)
+        except ExactProductError as error:
+            if self._hvp == "exact":
+                raise
+            logger.warning("X-SAM goes on with finite differences: %s.", error)
+            self.method = "finite_difference"
+            return self.top_eigenpair(start, iterations, shift, momentum, gradient)
 
 
 def top_eigenpair(
@@ -151,15 +186,15 @@ def top_eigenpair(
     parameters = list(scope.values())
 
     def loss_on(batch: Mapping[str, Any]) -> Tensor:
+        before.restore()  # a batch's loss depends on the weights alone
         loss = trainer.compute_loss(model, send_to_device(copied(batch), device))
         assert isinstance(loss, Tensor)  # a tuple only with return_outputs
         return loss
 
     with (
         evaluating(model),
-        counts_undone(trainer),
         logs_dropped(trainer),
-        side_effects_undone(model, device),
+        Surroundings(model, device, trainer).undone() as before,
         gradients_set_aside(model),
     ):
         losses = [partial(loss_on, batch) for batch in batches]

@@ -16,6 +16,18 @@ def twice_differentiable_attention() -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+@contextmanager
+def differentiable_recurrence(model: nn.Module) -> Iterator[None]:
+    """Have recurrent layers do without cuDNN, which computes no backward pass in evaluation mode, nor a second one."""
+    enabled = torch.backends.cudnn.enabled
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
+
+
 def reshard(model: nn.Module) -> None:
     """Have a model under FSDP2 hold its sharded parameters, where a forward pass alone has left it whole ones."""
     for module in model.modules():
@@ -36,8 +48,8 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold the model in evaluation mode within the block."""
-    with modes_restored(model):
+    """Hold the model in evaluation mode within the block; its loss can be differentiated there."""
+    with modes_restored(model), differentiable_recurrence(model):
         model.eval()
         yield
 
@@ -61,7 +73,7 @@ def forward_passes_evaluated(model: nn.Module) -> Iterator[None]:
             part.training = False
 
     evaluated = [module for module in model.modules() if not stays(module)]
-    with modes_restored(model):
+    with modes_restored(model), differentiable_recurrence(model):
         handle = model.register_forward_pre_hook(evaluate)
         try:
             yield

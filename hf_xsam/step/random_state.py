@@ -77,7 +77,7 @@ def private_generators(owners: Iterable[Any]) -> list[Generator]:
                 seen.add(id(value))
                 following += _within(value)
         level = following
-    shared = {id(torch.default_generator), id(random._inst), id(np.random.mtrand._rand)}  # type: ignore[attr-defined]
+    shared = {id(torch.default_generator), id(random._inst), id(np.random.mtrand._rand)}
     return [generator for key, generator in found.items() if key not in shared]
 
 

@@ -94,12 +94,6 @@ def _refuse_unsupported_trl(trainer: "Trainer") -> None:
             f"X-SAM does not support TRL's {method.__name__}, only {', '.join(TRL_TRAINERS)}: it runs a step several "
             "times on the same data, and a step that generates its data, or updates a state, is not the same twice."
         )
-    if not any(kind.__module__ == "hf_xsam.integrations.trl" for kind in classes):
-        raise ValueError(
-            f"TRL's {method.__name__} counts tokens and metrics in its loss, and X-SAM would have them counted several "
-            f"times a step. Use XSAM{method.__name__} of hf_xsam.integrations.trl, or for a subclass of yours its "
-            "XSAMTRLTrainerMixin in place of XSAMTrainerMixin."
-        )
 
 
 def refuse_optimizer(trainer: "Trainer") -> None:

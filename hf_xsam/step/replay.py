@@ -16,7 +16,8 @@ from .gradients import gradients
 from .loss import Loss
 from .modes import twice_differentiable_attention
 from .processes import all_finite
-from .side_effects import Buffers, RandomState, replaced
+from .random_state import RandomState
+from .side_effects import Moment, Surroundings, replaced
 
 MEDIA = ("pixel_values", "image", "video", "audio", "input_features")  # how inputs beside a text are called
 
@@ -72,15 +73,20 @@ class Window:
         training_step: the stock step of a model and a micro-batch: forward, loss scaling and backward.
         accelerator: the trainer's.
         model: as prepared by the accelerator.
-        buffers: the model's before the window, from which its passes start again.
+        surroundings: what the steps draw from and write into; each pass starts from the same state of them.
         micro_batches: the window so far, in order.
+        after: the moment after the first passes, from which the losses of a part start.
     """
 
     training_step: Callable[[nn.Module, MicroBatch], Tensor]
     accelerator: Accelerator
     model: nn.Module
-    buffers: Buffers
+    surroundings: Surroundings
     micro_batches: list[MicroBatch] = field(default_factory=list)
+    after: Moment | None = None
+
+    def __post_init__(self) -> None:
+        self.before = self.surroundings.before_step()
 
     @property
     def loss(self) -> Tensor:
@@ -90,7 +96,7 @@ class Window:
     def run(self, synchronize: bool = True) -> Tensor:
         """Leave the window's gradient in `.grad`, averaged over the processes if `synchronize`; return its loss."""
         self.model.zero_grad()
-        self.buffers.restore()
+        self.before.restore()
         # FSDP holds whole gradients between those that synchronize, which GradientAccumulationPlugin lets users forgo.
         each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         losses = []
@@ -148,6 +154,8 @@ class Window:
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         for micro_batch, weight in part:
+            if self.after is not None:
+                self.after.restore()
             with twice_differentiable_attention(), _loss_caught(self.accelerator) as caught:
                 self._step(model, micro_batch)
             yield from (weight * loss for loss in caught)

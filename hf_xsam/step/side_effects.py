@@ -1,123 +1,135 @@
-"""What training steps leave behind beside gradients, so that they can be run again: read, set back, or dropped."""
+"""What training steps leave behind beside gradients, found, and undone so that each step counts once."""
 
-import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy, deepcopy
-from dataclasses import dataclass
+from copy import copy
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from ..functional.tensors import is_sharded
+from .kept_state import KeptState
+from .random_state import RandomState, devices_of, private_generators
 
-@dataclass
-class RandomState:
-    """The states of all random generators that a forward pass may draw from."""
+# Over how many steps frozen weights are compared with what they were; later ones show by their version or storage.
+WATCHED_STEPS = 3
 
-    python: object
-    numpy: Any
-    cpu: Tensor
-    devices: dict[torch.device, Tensor]
 
-    @classmethod
-    def capture(cls, devices: Iterable[torch.device]) -> "RandomState":
-        """Read the generators of Python, NumPy, the CPU, and `devices`."""
-        states = {
-            device: torch.get_device_module(device).get_rng_state(*_numbered(device))
-            for device in devices
-            if device.type != "cpu"
-        }
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), states)
+class Surroundings:
+    """What the training steps of one model draw from and write into, beside gradients.
+
+    Args:
+        model: without wrappers.
+        device: that steps run on.
+        trainer: whose attributes count too, and the modules among them: a loss's, a reference model's.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, trainer: Any = None) -> None:
+        self.owners = owners_of(model, trainer)
+        self._devices = devices_of(model, device)
+        self._generators = private_generators(self.owners.values())
+        modules = [owner for owner in self.owners.values() if isinstance(owner, nn.Module)]
+        self._frozen = FrozenWeights(p for module in modules for p in module.parameters(recurse=False))
+
+    def random_state(self) -> RandomState:
+        """Return the state of all random generators."""
+        return RandomState.capture(self._devices, self._generators)
+
+    def before_step(self) -> KeptState:
+        """Return the state that a step begins with."""
+        return KeptState(self.owners.values(), self._frozen.to_keep())
+
+    @contextmanager
+    def undone(self) -> Iterator["Moment"]:
+        """Undo what passes within the block do: batch norm's statistics, say, then move once an optimizer step.
+
+        Yields:
+            The moment before the block, to go back to from within.
+        """
+        moment = Moment(self.random_state(), KeptState(self.owners.values(), self._frozen.to_undo()))
+        try:
+            yield moment
+        finally:
+            moment.restore()
+
+
+class Moment:
+    """Random state and other state at one time."""
+
+    def __init__(self, random_state: RandomState, state: KeptState) -> None:
+        self._random_state, self._state = random_state, state
 
     def restore(self) -> None:
-        """Set the generators to this state."""
-        random.setstate(self.python)  # type: ignore[arg-type]
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        for device, state in self.devices.items():
-            torch.get_device_module(device).set_rng_state(state, *_numbered(device))
+        """Go back to it."""
+        self._random_state.restore()
+        self._state.restore()
 
 
-def _numbered(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.index is None else (device,)  # MPS has one generator, and takes no device
+class FrozenWeights:
+    """The weights that take no gradient, and those of them that training steps move: a momentum encoder's, say.
 
-
-def devices_of(model: nn.Module, device: torch.device) -> set[torch.device]:
-    """Return `device`, and the others that `from_pretrained(device_map=...)` has spread the model over."""
-    places = set(getattr(model, "hf_device_map", {}).values()) - {"cpu", "disk"}
-    numbered = [torch.device(device.type, place) if isinstance(place, int) else torch.device(place) for place in places]
-    return {device, *numbered}
-
-
-@dataclass
-class Buffers:
-    """The buffers of a model, and the values that they had.
+    Args:
+        weights: all parameters, trainable ones too.
 
     Attributes:
-        kept: by module and name, which tensor the buffer was, and its value.
+        moving: those found so far.
     """
 
-    kept: list[tuple[nn.Module, str, Tensor, Tensor]]
+    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+        every = {id(weight): weight for weight in weights if not is_sharded(weight)}.values()
+        self._weights = [weight for weight in every if not weight.requires_grad]
+        # A copy of all of them is taken while they are watched, if it is no larger than a momentum encoder.
+        trainable = sum(weight.nbytes for weight in every if weight.requires_grad)
+        self._few = sum(weight.nbytes for weight in self._weights) <= 2 * trainable
+        self._steps = 0
+        self._marks: list[tuple[int, int]] | None = None
+        self.moving: list[Tensor] = []
 
-    @classmethod
-    def capture(cls, model: nn.Module) -> "Buffers":
-        """Copy the buffers of `model`, but for quantized weights, which may be most of it and are only read."""
-        held = ((module, *item) for module in model.modules() for item in module._buffers.items())
-        return cls(
-            [
-                (module, name, buffer, buffer.clone())
-                for module, name, buffer in held
-                if buffer is not None and not _is_quantized_weight(buffer)
-            ]
-        )
+    def to_keep(self) -> list[Tensor]:
+        """Begin to watch a step; return the weights whose values it may change."""
+        self._marks = self._read_marks()
+        self._sums = self._read_sums() if self._steps < WATCHED_STEPS else None
+        return list(self._weights) if self._few and self._steps < WATCHED_STEPS else self.moving
 
-    def restore(self) -> None:
-        """Give them their tensors and values back, whether a forward pass wrote into a tensor or put another there."""
-        with torch.no_grad():
-            for module, name, buffer, value in self.kept:
-                module._buffers[name] = buffer
-                if not _is_expanded(buffer):
-                    buffer.copy_(value)
+    def to_undo(self) -> list[Tensor]:
+        """Return the weights that further passes may change: those which the step under way has, if there is one."""
+        if self._marks is None:
+            return self.to_keep()
+        marks = zip(self._read_marks(), self._marks, strict=True)
+        moved = {number for number, (now, before) in enumerate(marks) if now != before}
+        if self._sums is not None:
+            moved.update((self._read_sums() != self._sums).nonzero().flatten().tolist())
+        known = set(map(id, self.moving))
+        self.moving = self.moving + [self._weights[i] for i in sorted(moved) if id(self._weights[i]) not in known]
+        self._steps += 1
+        return self.moving
 
+    def _read_marks(self) -> list[tuple[int, int]]:
+        return [(weight._version, weight.data_ptr()) for weight in self._weights]
 
-def _is_quantized_weight(buffer: Tensor) -> bool:
-    """Return whether it looks like the weights of a layer of AWQ, GPTQ or BitNet, which keep them in buffers."""
-    return buffer.ndim > 1 and buffer.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32)
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    """Return whether elements share memory, so that nothing can have written into `tensor`."""
-    strides = tensor.stride() if tensor.layout == torch.strided else tensor.shape
-    return any(stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape, strict=True))
-
-
-@contextmanager
-def side_effects_undone(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Undo what forward passes within the block do to random generators and to the model's buffers.
-
-    Batch norm's running statistics thus move once an optimizer step, by the pass at the unperturbed weights.
-    """
-    random_state, buffers = RandomState.capture(devices_of(model, device)), Buffers.capture(model)
-    try:
-        yield
-    finally:
-        random_state.restore()
-        buffers.restore()
+    def _read_sums(self) -> Tensor:
+        return sums(self._weights)
 
 
-@contextmanager
-def counts_undone(trainer: Any) -> Iterator[None]:
-    """Undo what losses computed within the block add to the metrics and token counts of a trainer of TRL's."""
-    kept = {
-        name: deepcopy(vars(trainer)[name]) for name in ("_metrics", "_total_train_tokens") if name in vars(trainer)
-    }
-    try:
-        yield
-    finally:
-        vars(trainer).update(kept)
+def sums(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the sum of each tensor, by which a change shows, on the CPU in float64."""
+    found = [tensor.detach().sum(dtype=torch.float32 if tensor.is_mps else torch.float64).cpu() for tensor in tensors]
+    return torch.stack(found).double() if found else torch.zeros(0)
+
+
+def owners_of(model: nn.Module, trainer: Any = None) -> dict[str, Any]:
+    """Return by name what has attributes that training steps may change: modules, and the trainer."""
+    owners: dict[str, Any] = dict(model.named_modules())
+    if trainer is None:
+        return owners
+    known = {id(module) for module in owners.values()}
+    for attribute, value in vars(trainer).items():
+        if isinstance(value, nn.Module) and attribute not in ("model", "model_wrapped"):
+            inner = {f"trainer.{attribute}.{name}".rstrip("."): module for name, module in value.named_modules()}
+            owners |= {name: module for name, module in inner.items() if id(module) not in known}
+    return {**owners, "trainer": trainer}
 
 
 @contextmanager

@@ -12,13 +12,13 @@ from hf_xsam.functional.power_iteration import first_vector
 from hf_xsam.functional.tensors import dot, norm
 from hf_xsam.step.modes import forward_passes_evaluated
 from hf_xsam.step.replay import MicroBatch, Window
-from hf_xsam.step.side_effects import RandomState, devices_of
+from hf_xsam.step.random_state import RandomState, devices_of
 from tests.helpers import arguments, examples_of, logs_of, run
 from tests.models import BatchNormClassifier, MeanLossTrainer, bert, llama, padded_text, points, sentences
 
 
 def micro_batches(count, rows, **other):
-    state = RandomState.capture([])
+    state = RandomState.capture()
     loss = torch.zeros(())
     return [
         MicroBatch({"x": torch.full((rows, 3), float(i)), **other}, count * rows * 5, state, loss, count)
@@ -68,7 +68,7 @@ class TestPart:
         ],
     )
     def test_inputs_whose_rows_may_be_no_examples_stay_whole(self, inputs):
-        batch = MicroBatch(inputs, 40, RandomState.capture([]), torch.zeros(()), 1)
+        batch = MicroBatch(inputs, 40, RandomState.capture(), torch.zeros(()), 1)
         assert batch.pieces(0.25) == [(batch, 1.0)]
 
     @pytest.mark.parametrize("other", [torch.zeros(()), torch.zeros(1, 8), "text", None])
