@@ -76,7 +76,10 @@ class XSAMConfig:
             The parameters that the eigenvector spans, and that it corrects the gradient of: values as for
             `perturb_scope`.
 
-    Parameters that control the logs:
+    Parameters that control checks and logs:
+        replay_check (`str`, *optional*, defaults to `"first"`):
+            Which steps are run once more at the same weights, to warn where that gives another loss or gradient:
+            `"first"`, the first one of a training; `"every"`, which is for debugging; or `"never"`.
         log_metrics (`str`, *optional*, defaults to `"summary"`):
             `"summary"` logs `xsam/eigenvalue`, `xsam/angle_degrees` and `xsam/sharpness`, and `xsam/skipped_steps`
             where there are any; `"all"` logs every metric.
@@ -129,6 +132,9 @@ class XSAMConfig:
     eigen_scope: str = field(
         default="trainable",
         metadata={"help": "What the eigenvector spans: 'trainable', 'lora', 'norm', or a regular expression on names."},
+    )
+    replay_check: Literal["first", "every", "never"] = field(
+        default="first", metadata={"help": "Steps that are run once more at the same weights, to see if they agree."}
     )
     log_metrics: Literal["summary", "all"] = field(
         default="summary", metadata={"help": "Log the eigenvalue, its angle and the sharpness, or every metric."}

@@ -19,11 +19,17 @@ from .saving.model_card import complete_model_card, prepare_adapter_card
 from .state import XSAMState
 from .step.curvature import Curvature, top_eigenpair
 from .step.double_backward import Method, obstacle_in_arguments
+from .step.echo import check_echo, marks_of
 from .step.gradients import gradient_norm, gradients, gradients_set_aside, with_gradient
 from .step.logs import SKIPPED_STEPS, Advice, RunningMeans, alignment, chosen_metrics
 from .step.precision import loss_scale
 from .step.processes import all_finite, holds_everywhere
-from .step.refusals import refuse_optimizer, refuse_unsupported
+from .step.refusals import (
+    refuse_gradients_left,
+    refuse_optimizer,
+    refuse_optimizer_in_hooks,
+    refuse_unsupported,
+)
 from .step.replay import MicroBatch, Window
 from .step.scope import in_scope, parameters_in_scope, trainable_parameters
 from .step.side_effects import Surroundings, copied, logs_dropped
@@ -62,6 +68,8 @@ class XSAMTrainerMixin(_Trainer):
 
     _xsam_window: Window | None  # what is gathered of the optimizer step under way
     _xsam_surroundings: Surroundings | None  # found at the first step of a training
+    _xsam_checked: bool  # whether a step run again was seen to be the same
+    _xsam_rows_add_up: bool | None  # whether the losses of a batch's rows do; found out at the first product
     _xsam_hvp_method: Method | None  # chosen at the first product of a training, which shows what the model allows
 
     def __init__(self, *args: Any, xsam_config: XSAMConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -109,9 +117,12 @@ class XSAMTrainerMixin(_Trainer):
         return loss
 
     def _new_window(self, model: nn.Module) -> Window:
+        refuse_gradients_left(trainable_parameters(self._unwrapped_model()))
         if self._xsam_surroundings is None:
             self._xsam_surroundings = Surroundings(self._unwrapped_model(), self.args.device, self)
-        return Window(self._step_again, self.accelerator, model, self._xsam_surroundings)
+        check_is_due = {"first": not self._xsam_checked, "every": True, "never": False}[self.xsam_config.replay_check]
+        marks = marks_of(self._xsam_surroundings.owners) if check_is_due else None
+        return Window(self._step_again, self.accelerator, model, self._xsam_surroundings, marks)
 
     def _step_again(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         # Micro-batches left over from the end of data without a length have another divisor than the window's last one.
@@ -122,9 +133,12 @@ class XSAMTrainerMixin(_Trainer):
     def _sharpness_aware_gradient(self, window: Window) -> None:
         """Replace the window's gradient g in `.grad` by the corrected gradient d."""
         trainable = trainable_parameters(self._unwrapped_model())
+        if window.marks is not None:
+            refuse_optimizer_in_hooks(trainable)
         if self._nothing_learnt(trainable):
             self.xsam_state.skipped_steps += 1
             return
+        self._check_replay(window, trainable)
         refreshed = self._refresh_eigenvector(window)
         metrics = self._gradient_at_perturbed_weights(window, trainable)
         if self._is_usable(metrics, refreshed):
@@ -139,6 +153,12 @@ class XSAMTrainerMixin(_Trainer):
         if self.xsam_config.ascent == "local":  # else the gradient is that of all processes
             return holds_everywhere(self.accelerator, torch.tensor(nothing, device=self.args.device))
         return nothing
+
+    def _check_replay(self, window: Window, trainable: Parameters) -> None:
+        """Where it is due, warn if the window gives another loss or gradient at the same weights."""
+        if window.marks is not None:
+            synchronize = self.xsam_config.ascent != "local"
+            self._xsam_checked = check_echo(window, list(trainable.values()), synchronize, window.marks)
 
     def _refresh_eigenvector(self, window: Window) -> bool:
         """Where it is due, run power iterations on the window's loss at w, from the last eigenvector.
@@ -167,7 +187,10 @@ class XSAMTrainerMixin(_Trainer):
 
     def _curvature(self, window: Window, parameters: Sequence[nn.Parameter]) -> Curvature:
         config = self.xsam_config
-        loss = window.loss_of_part(config.eigen_batch_fraction, self.rows_are_examples, config.ascent != "local")
+        if self._xsam_rows_add_up is None:  # else each row may have a loss that is no part of the batch's
+            self._xsam_rows_add_up = config.eigen_batch_fraction == 1 or window.rows_add_up()
+        rows_are_examples = self.rows_are_examples and self._xsam_rows_add_up
+        loss = window.loss_of_part(config.eigen_batch_fraction, rows_are_examples, config.ascent != "local")
         obstacle = obstacle_in_arguments(self.args)
         model = self._unwrapped_model()
         return Curvature(self.accelerator, model, parameters, loss, config.hvp, obstacle, self._xsam_hvp_method)
@@ -290,7 +313,8 @@ class XSAMTrainerMixin(_Trainer):
 
     def _begin_afresh(self) -> None:
         """Drop what an earlier training has left: a part of a window, means to be logged, the kind of product."""
-        self._xsam_window = self._xsam_surroundings = self._xsam_hvp_method = None
+        self._xsam_window = self._xsam_surroundings = self._xsam_hvp_method = self._xsam_rows_add_up = None
+        self._xsam_checked = False
         self._xsam_metrics = RunningMeans()
 
     # The Trainer's own methods. The first one is where each training begins, also where `auto_find_batch_size` tries

@@ -12,16 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .reachable import CONSTANT, LARGEST_CONTAINER, counts
+
 Restore = Callable[[], None]
 
-# What every module has, which passes do not change or which is put back elsewhere (modes, weights, buffers).
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-# What cannot change within.
-CONSTANT = (bool, int, float, complex, str, bytes, type(None))
 CONTAINERS = (list, dict, set, deque, defaultdict, OrderedDict, Counter)
-# Containers of more elements, and tensors of more that are no buffers, are left as they are; the elements of a
-# container are looked into where there are few.
-LARGEST_CONTAINER = 10_000
+# Larger tensors that are no buffers are left as they are; a container's elements are looked into where there are few.
 LARGEST_TENSOR = 2**22
 FEW, DEPTH = 32, 3
 
@@ -42,7 +38,7 @@ class KeptState:
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: list[Restore] = [_tensor_restorer(weight) for weight in weights]
         for owner in owners:
-            own = {name: value for name, value in vars(owner).items() if _counts(name)}
+            own = {name: value for name, value in vars(owner).items() if counts(name)}
             self._attributes.append((vars(owner), own))
             for value in own.values():
                 if not isinstance(value, CONSTANT):
@@ -55,7 +51,7 @@ class KeptState:
     def restore(self) -> None:
         """Put everything back as it was, whether a pass wrote into an object or put another one in its place."""
         for now, before in self._attributes:
-            for name in [name for name in now if name not in before and _counts(name)]:
+            for name in [name for name in now if name not in before and counts(name)]:
                 del now[name]
             for name, value in before.items():
                 if name not in now or now[name] is not value:
@@ -63,10 +59,6 @@ class KeptState:
         with torch.no_grad():
             for restore in self._contents:
                 restore()
-
-
-def _counts(name: str) -> bool:
-    return name not in OF_EVERY_MODULE and not name.startswith(("_xsam", "xsam_")) and not name.endswith("dataset")
 
 
 def _restorers(value: Any, depth: int) -> Iterator[Restore]:

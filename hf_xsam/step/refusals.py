@@ -1,9 +1,12 @@
 """What X-SAM cannot work with, found out before it goes wrong silently."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+
+from ..functional.tensors import norm
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import CPUOffloadPolicy
@@ -13,9 +16,6 @@ if TYPE_CHECKING:
 
     from ..config import XSAMConfig
 
-# bitsandbytes' 4-bit and 8-bit layers: their backward passes multiply by the weights, in operations that autograd sees.
-TWICE_DIFFERENTIABLE = ("MatMul4BitBackward", "MatMul8bitFpBackward", "MatMul8bitLtBackward")
-REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
 STEPS_INSIDE_BACKWARD = ("Lomo", "AdaLomo")
 FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration"
 INSTEAD_OF_DEEPSPEED = f"To shard the model use FSDP2 ({FSDP2}); else DistributedDataParallel."
@@ -114,6 +114,35 @@ def refuse_optimizer(trainer: "Trainer") -> None:
             f"{tuple(foreign[0].shape)}, which X-SAM would neither perturb nor correct: make their module a part of "
             "the model, or leave them to the stock trainer."
         )
+
+
+def refuse_gradients_left(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise where a step begins with gradients, which are of no micro-batch that X-SAM knows.
+
+    Raises:
+        RuntimeError: with what to do instead.
+    """
+    left = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    if left and norm(left) > 0:
+        raise RuntimeError(
+            "X-SAM's training_step found gradients before the first micro-batch of an optimizer step: it was called "
+            "twice in one step, or gradients were left in .grad. Call super().training_step once for each batch, with "
+            "the whole of it; to split batches, set per_device_train_batch_size and gradient_accumulation_steps."
+        )
+
+
+def refuse_optimizer_in_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise where hooks have taken gradients away: optimizers that step within the backward pass do.
+
+    Raises:
+        RuntimeError: naming a parameter, with what to do instead.
+    """
+    for name, parameter in parameters.items():
+        if parameter.grad is None and parameter._post_accumulate_grad_hooks:
+            raise RuntimeError(
+                f"{name!r} has a post-accumulate-grad hook and no gradient after the backward pass: an optimizer "
+                "steps inside it, before X-SAM has its second gradient. Step it in the Trainer's loop instead."
+            )
 
 
 def _steps_inside_backward(name: str) -> ValueError:

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from ..functional.tensors import norm
 from .gradients import gradients
 from .loss import Loss
-from .modes import twice_differentiable_attention
-from .processes import all_finite
+from .modes import forward_passes_evaluated, twice_differentiable_attention
+from .processes import all_finite, holds_everywhere
 from .random_state import RandomState
 from .side_effects import Moment, Surroundings, replaced
 
 MEDIA = ("pixel_values", "image", "video", "audio", "input_features")  # how inputs beside a text are called
+
+
+# How far the losses of a micro-batch's pieces may be from its own, relative: means over tokens weight rows unevenly.
+ADDS_UP = 0.05
 
 
 @dataclass
@@ -74,6 +78,7 @@ class Window:
         accelerator: the trainer's.
         model: as prepared by the accelerator.
         surroundings: what the steps draw from and write into; each pass starts from the same state of them.
+        marks: for the echo check, where it is due: see [`hf_xsam.step.echo`].
         micro_batches: the window so far, in order.
         after: the moment after the first passes, from which the losses of a part start.
     """
@@ -82,6 +87,7 @@ class Window:
     accelerator: Accelerator
     model: nn.Module
     surroundings: Surroundings
+    marks: Mapping[str, Any] | None = None
     micro_batches: list[MicroBatch] = field(default_factory=list)
     after: Moment | None = None
 
@@ -147,6 +153,22 @@ class Window:
             for piece, weight in micro_batch.pieces(fraction * count / len(chosen))
         ]
 
+    def rows_add_up(self) -> bool:
+        """Return whether the losses of a micro-batch's pieces add up to its own, on all processes.
+
+        They do not where a row is no example of its own: in contrastive losses, or with indices into the whole batch.
+        """
+        whole = self.micro_batches[0]
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        try:
+            with torch.no_grad(), forward_passes_evaluated(model):
+                of_pieces = torch.stack(list(self.losses(whole.pieces(1.0)))).sum()
+                own = torch.stack(list(self.losses([(whole, 1.0)]))).sum()
+            adds_up = (of_pieces - own).abs() <= ADDS_UP * own.abs()
+        except Exception:  # of the user's code, which is given rows that are no batch
+            adds_up = torch.tensor(False, device=self.accelerator.device)
+        return holds_everywhere(self.accelerator, adds_up)
+
     def losses(self, part: Sequence[tuple[MicroBatch, float]]) -> Iterator[Tensor]:
         """Compute the weighted losses of `part`, each with a graph that can be differentiated twice; no backward pass.
 
@@ -157,7 +179,15 @@ class Window:
             if self.after is not None:
                 self.after.restore()
             with twice_differentiable_attention(), _loss_caught(self.accelerator) as caught:
-                self._step(model, micro_batch)
+                try:
+                    self._step(model, micro_batch)
+                except IndexError as error:
+                    if micro_batch in self.micro_batches:
+                        raise
+                    raise IndexError(
+                        f"{error} (X-SAM ran a part of the batch's rows). Where a row is no example of its own, set "
+                        "rows_are_examples = False in the trainer's class."
+                    ) from error
             yield from (weight * loss for loss in caught)
 
     def leave_harmless_gradient(self, parameters: Sequence[Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from ..functional.tensors import is_sharded
+from ..functional.tensors import is_sharded, local
 from .kept_state import KeptState
 from .random_state import RandomState, devices_of, private_generators
 
@@ -29,7 +29,7 @@ class Surroundings:
     def __init__(self, model: nn.Module, device: torch.device, trainer: Any = None) -> None:
         self.owners = owners_of(model, trainer)
         self._devices = devices_of(model, device)
-        self._generators = private_generators(self.owners.values())
+        self._generators = private_generators(self.owners)
         modules = [owner for owner in self.owners.values() if isinstance(owner, nn.Module)]
         self._frozen = FrozenWeights(p for module in modules for p in module.parameters(recurse=False))
 
@@ -115,7 +115,7 @@ class FrozenWeights:
 
 def sums(tensors: Iterable[Tensor]) -> Tensor:
     """Return the sum of each tensor, by which a change shows, on the CPU in float64."""
-    found = [tensor.detach().sum(dtype=torch.float32 if tensor.is_mps else torch.float64).cpu() for tensor in tensors]
+    found = [x.sum(dtype=torch.float32 if x.is_mps else torch.float64).cpu() for x in map(local, tensors)]
     return torch.stack(found).double() if found else torch.zeros(0)
 
 
