@@ -1,15 +1,36 @@
-"""Runs on the GPU, and tiny models of cuDNN's operations."""
+"""Runs on the GPU, and tiny models whose operations are its fused kernels and cuDNN's."""
 
 from functools import partial
 
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from tests.helpers import arguments, run
+from tests.models import SIZES, sentences
+
+# Heads of 32, which every kernel of attention takes.
+WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 64}
 
 gpu_arguments = partial(arguments, use_cpu=False)
 gpu_run = partial(run, use_cpu=False)
+
+
+def wide_bert(attention="sdpa"):
+    torch.manual_seed(0)
+    settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": attention}
+    return BertForSequenceClassification(BertConfig(**WIDE, **settings))
+
+
+def wide_llama(attention="sdpa"):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**WIDE, pad_token_id=0, attn_implementation=attention))
+
+
+def unpadded_text(count=16):
+    ids = sentences(count)["input_ids"]
+    return {"input_ids": ids, "labels": ids}
 
 
 def labels(count, generator):

@@ -42,7 +42,7 @@ class TestMemory:
 
     # Beside few activations the most is held between the passes, see docs/scaling.md, beside many in the second pass.
     @pytest.mark.parametrize(
-        ("rows", "length", "sam", "xsam"), [(2, 8, 2.1, 3.1), (64, 64, 1.1, 2.3)], ids=["weights", "activations"]
+        ("rows", "length", "sam", "xsam"), [(2, 8, 2.1, 3.3), (64, 64, 1.1, 2.3)], ids=["weights", "activations"]
     )
     def test_copies_of_the_weights(self, tmp_path, rows, length, sam, xsam):
         self.peak(None, tmp_path, rows, length)  # the first run takes cuBLAS's workspaces too

@@ -5,37 +5,23 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from hf_xsam import XSAMConfig
-from tests.gpu.helpers import Recurrent, gpu_run, is_finite, sequences, top_eigenpair
+from tests.gpu.helpers import (
+    Recurrent,
+    gpu_run,
+    is_finite,
+    sequences,
+    top_eigenpair,
+    unpadded_text,
+    wide_bert,
+    wide_llama,
+)
 from tests.helpers import PLAIN, logs_of, weights_of
-from tests.models import SIZES, bert, padded_text, sentences
+from tests.models import bert, padded_text, sentences
 
-# Heads of 32, which every kernel takes.
-WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 64}
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-
-
-def wide_bert(attention):
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**WIDE, attn_implementation=attention))
-
-
-def wide_llama(attention="sdpa"):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**WIDE, pad_token_id=0, attn_implementation=attention))
-
-
-def unpadded_text(count=16):
-    ids = sentences(count)["input_ids"]
-    return {"input_ids": ids, "labels": ids}
 
 
 @pytest.fixture(params=FUSED, ids=lambda backend: backend.name.lower())

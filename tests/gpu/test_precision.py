@@ -7,7 +7,7 @@ import torch
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.step.scope import parameters_in_scope
-from tests.gpu.helpers import gpu_arguments, gpu_run, is_finite, top_eigenpair
+from tests.gpu.helpers import gpu_arguments, gpu_run, is_finite, top_eigenpair, wide_bert
 from tests.helpers import PLAIN, WeightRecorder, examples_of, logs_of, weights_of
 from tests.models import Smooth, adapted, bert, points, sentences
 
@@ -53,7 +53,7 @@ class TestEigenvalue:
         )
         settings = {"max_steps": 20, "per_device_train_batch_size": 16, "optim": "sgd", "learning_rate": 0.0}
         trainer = XSAMTrainer(
-            model=bert(), args=gpu_arguments(folder, **settings, **precision),
+            model=wide_bert(), args=gpu_arguments(folder, **settings, **precision),
             train_dataset=examples_of(sentences()), xsam_config=config,
         )  # fmt: skip
         trainer.train()
@@ -63,7 +63,7 @@ class TestEigenvalue:
         assert {part.dtype for part in trainer.xsam_state.eigenvector.values()} == {torch.float32}
         return trainer.xsam_state.eigenvalue.item()
 
-    @pytest.mark.parametrize(("hvp", "tolerance"), [("exact", 0.05), ("finite_difference", 0.3)])
+    @pytest.mark.parametrize(("hvp", "tolerance"), [("exact", 0.05), ("finite_difference", 0.2)])
     @pytest.mark.parametrize("precision", ["bf16", "fp16"])
     def test_is_near_that_of_float32(self, tmp_path, precision, hvp, tolerance):
         half = self.eigenvalue(tmp_path, hvp, **{precision: True})
