@@ -19,8 +19,9 @@ def launch(cases, folder):
     """Run the cases in one process under torchrun, and return what each gave."""
     specification, output = folder / "cases.json", folder / "results.pt"
     specification.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", str(SCRIPT)]
-    result = subprocess.run([*command, str(specification), str(output)], capture_output=True, text=True, timeout=110)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc_per_node=1", str(SCRIPT), str(specification), str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=140)
     assert result.returncode == 0, result.stderr[-5000:]
     return torch.load(output)
 
