@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from pytorch_optimizer import SAM
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from workloads import Workload
+from workload import Workload
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 
@@ -55,6 +54,8 @@ class HandWrittenSAM:
     """pytorch_optimizer's SAM in a loop of one's own."""
 
     def __init__(self, workload: Workload, output_dir: str, steps: int) -> None:
+        from pytorch_optimizer import SAM  # which no other contender needs
+
         settings = workload.settings(output_dir, steps)
         self.trainer = Trainer(**settings)  # for its batches and its optimizer's class and settings
         self.steps, self.model = steps, self.trainer.model
@@ -109,6 +110,11 @@ def steady(make: Callable[..., XSAMConfig], rho: float, **settings: Any) -> XSAM
 
 
 def contenders(rho: float, **settings: Any) -> dict[str, Callable[..., Contender]]:
+    """Return `trainers`, and beside them another library's SAM."""
+    return {**trainers(rho, **settings), "pytorch_optimizer's SAM": HandWrittenSAM}
+
+
+def trainers(rho: float, **settings: Any) -> dict[str, Callable[..., TrainerContender]]:
     """Return by name what makes a contender from a workload, an output folder and a number of steps.
 
     Args:
@@ -116,7 +122,7 @@ def contenders(rho: float, **settings: Any) -> dict[str, Callable[..., Contender
         **settings: fields of `XSAMConfig` for the contenders that have an eigenvector.
     """
 
-    def trainer(make: Callable[..., Trainer]) -> Callable[..., Contender]:
+    def trainer(make: Callable[..., Trainer]) -> Callable[..., TrainerContender]:
         return lambda *arguments: TrainerContender(make, *arguments)
 
     return {
@@ -124,5 +130,4 @@ def contenders(rho: float, **settings: Any) -> dict[str, Callable[..., Contender
         "SAM": trainer(xsam(XSAMConfig(rho=rho, alpha=0.0))),
         "X-SAM": trainer(xsam(steady(XSAMConfig, rho, **settings))),
         "X-SAM, authors' policy": trainer(xsam(steady(XSAMConfig.paper, rho, **settings))),
-        "pytorch_optimizer's SAM": HandWrittenSAM,
     }

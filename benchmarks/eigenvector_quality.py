@@ -9,7 +9,7 @@ from contenders import xsam
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from workloads import SEED, Workload
+from workload import SEED, Workload
 
 from hf_xsam import XSAMConfig
 from hf_xsam.functional.tensors import dot

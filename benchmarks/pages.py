@@ -1,8 +1,13 @@
 """Tables that a benchmark writes into a page, between markers."""
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 
 def filled(path: Path, tables: Mapping[str, str]) -> str:
@@ -20,3 +25,11 @@ def filled(path: Path, tables: Mapping[str, str]) -> str:
                 f"{path.name} has the markers {begin!r} and {end!r} {count} times; it must have them once."
             )
     return page
+
+
+def markdown(table: Table) -> str:
+    """Return the table as a page has it."""
+    table.box = box.MARKDOWN
+    with Console(width=200, file=io.StringIO()) as console, console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().strip().splitlines())

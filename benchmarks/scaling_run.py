@@ -21,7 +21,7 @@ from scaling_sizes import LENGTH, MICRO_BATCH, SIZES, VOCABULARY
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
-from workloads import SEED, Workload
+from workload import SEED, Workload
 
 from hf_xsam import XSAMConfig
 

@@ -2,33 +2,35 @@
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --workloads bert cnn --repeats 3
+    python benchmarks/step_cost.py --device cuda --steps 10 --repeats 2
+
+With `--device cuda`, models of a GPU's size from random weights: see `gpu_cost.py`.
 
 All contenders are timed in one process, in turn. On the CPU the time is the process's own processor seconds, which
 other programs on the machine disturb little. Operations and tensors' memory are counted, and are the same on every
 machine.
 """
 
-import io
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from contenders import Contender, contenders
 from eigenvector_quality import quality
 from memory import peak_tensor_memory
-from pages import filled
-from rich import box
+from pages import filled, markdown
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 from versions import setting
-from workloads import WORKLOADS, Workload
+from workload import Workload
 
 from hf_xsam import XSAMConfig
 
@@ -46,14 +48,17 @@ class CostArguments:
     """What to measure, and where the figures go."""
 
     workloads: list[str] = field(
-        default_factory=lambda: list(WORKLOADS), metadata={"help": "Of bert, vit, llama, cnn."}
+        default_factory=list,
+        metadata={"help": "Of bert, vit, llama, cnn; on cuda bert, vit, llama, llama-lora, llama-bf16. None is all."},
     )
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "Where; each has models of its size."})
     steps: int = field(default=40, metadata={"help": "Steps of a block: a multiple of every refresh interval."})
     repeats: int = field(default=5, metadata={"help": "Blocks of each contender that are timed."})
     quality_steps: int = field(default=160, metadata={"help": "Steps of the run that the eigenvector is watched in."})
     quality_every: int = field(default=16, metadata={"help": "Steps between two comparisons with the reference."})
     output: str = field(
-        default=str(RESULTS), metadata={"help": "Folder for step_cost.json and .png; the default fills README.md too."}
+        default=str(RESULTS),
+        metadata={"help": "Folder for the JSON file and the plot; the default fills README.md too."},
     )
 
 
@@ -131,14 +136,6 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     return shown
 
 
-def markdown(table: Table) -> str:
-    """Return the table as a page has it."""
-    table.box = box.MARKDOWN
-    with Console(width=200, file=io.StringIO()) as console, console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().strip().splitlines())
-
-
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the step times over the stock Trainer's, a panel a model."""
     figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 3), sharey=True, squeeze=False)
@@ -162,9 +159,17 @@ def main() -> None:
     (arguments,) = HfArgumentParser(CostArguments).parse_args_into_dataclasses()
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
+    if arguments.device == "cuda":
+        import gpu_cost
+
+        gpu_cost.run(arguments.workloads, arguments.steps, arguments.repeats, output / "step_cost_cuda.json")
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from workloads import WORKLOADS  # whose packages the other device does without
+
     file = output / "step_cost.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    for name in arguments.workloads:
+    for name in arguments.workloads or WORKLOADS:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = {**measure(WORKLOADS[name](), arguments, folder), "setting": setting()}
         file.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,14 +1,10 @@
 """The four models that the benchmarks train: BERT, ViT, a language model with LoRA, and a batch-norm CNN."""
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -17,12 +13,12 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
-    TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
     default_data_collator,
     set_seed,
 )
+from workload import SEED, Workload
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 from causal_lm import CausalArguments, pack
@@ -32,51 +28,6 @@ from peft import get_peft_model
 
 from hf_xsam.data.encoding import encode_language
 from hf_xsam.data.movie_reviews import load_movie_reviews
-
-SEED = 0
-
-
-@dataclass
-class Workload:
-    """What to train, how, and the rho that SAM and X-SAM take on it.
-
-    Attributes:
-        model: makes the model, the same at each call.
-        dataset: the training examples.
-        collator: makes batches of them.
-        rho: radius of the perturbation.
-        batch_size: examples a step.
-        optimizer: settings of `TrainingArguments`.
-        reference_size: examples whose top eigenvector the estimates are compared with.
-        reference_hvp: how its products are computed; finite differences are exact enough on smooth models, in
-            evaluation mode, at a third of the cost.
-    """
-
-    model: Callable[[], nn.Module]
-    dataset: Dataset
-    collator: Callable[[list[dict]], dict[str, Tensor]]
-    rho: float
-    batch_size: int
-    reference_size: int
-    reference_hvp: str = "exact"
-    optimizer: dict[str, Any] = field(default_factory=dict)
-
-    def settings(self, output_dir: str, max_steps: int) -> dict[str, Any]:
-        """Return the arguments for a trainer that trains a fresh model."""
-        set_seed(SEED)
-        args = TrainingArguments(
-            output_dir,
-            max_steps=max_steps,
-            per_device_train_batch_size=self.batch_size,
-            seed=SEED,
-            use_cpu=not torch.cuda.is_available(),
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            **self.optimizer,
-        )
-        return {"model": self.model(), "args": args, "train_dataset": self.dataset, "data_collator": self.collator}
 
 
 class ConvNet(nn.Module):
