@@ -67,7 +67,7 @@ def test_before_training_and_without_a_correction():
     assert "trained with SAM (X-SAM with alpha 0" in section
     for absent in ("### Metrics", "### Sharpness during", "!["):
         assert absent not in section
-    assert "trained with X-SAM, by" in xsam_section(XSAMConfig(), {}, [], None, "code", "user/model")
+    assert "trained with X-SAM, using" in xsam_section(XSAMConfig(), {}, [], None, "code", "user/model")
 
 
 def test_the_plot_shows_the_logs(tmp_path, monkeypatch):
