@@ -1,12 +1,14 @@
-"""What SAM and X-SAM would add to AdamW for 1B, 8B and 70B parameters on 8 to 512 GPUs: the tables of docs/scaling.md.
+"""What SAM and X-SAM would add to AdamW for 1B, 8B and 70B parameters on 8 to 512 GPUs, as tables of two pages.
 
     python benchmarks/cost_model.py
     python benchmarks/cost_model.py --write
 
-The first prints them, the second puts them between the page's markers. Nothing here was measured on a GPU.
+The first command prints the tables, the second writes them between the markers of benchmarks/scaling.md and
+docs/scaling.md. Nothing here was measured on a GPU.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +28,8 @@ from pages import filled
 
 from hf_xsam import XSAMConfig
 
-PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
+MEASUREMENTS = Path(__file__).parent / "scaling.md"
+GUIDE = Path(__file__).parent.parent / "docs" / "scaling.md"
 GPUS = (8, 64, 512)
 TOKENS, LENGTH = 8192, 2048  # a step and GPU, and of a sequence; no accumulation
 # The sizes of Llama 3.2 1B, 3.1 8B and 3.1 70B.
@@ -109,8 +112,8 @@ def gigabytes(size: float) -> str:
     return f"{size / GB:.1f}" if size >= 0.1 * GB else f"{size / GB:.2f}"
 
 
-def table(rank: int) -> str:
-    """Return the table of full finetuning (`rank` 0) or LoRA, in Markdown."""
+def table(rank: int, counts: Sequence[int] = GPUS) -> str:
+    """Return the table of full finetuning (`rank` 0) or LoRA on so many GPUs, in Markdown."""
     lines = [
         "| model | GPUs, sharding | AdamW's weights and state, GB | SAM adds, GB | X-SAM adds, GB | step: SAM / AdamW "
         "| X-SAM / SAM | paper's policy / SAM |",
@@ -118,7 +121,7 @@ def table(rank: int) -> str:
     ]
     for name, size in MODELS.items():
         model = replace(size, lora_rank=rank)
-        for gpus in GPUS:
+        for gpus in counts:
             # LoRA's base model is held whole, and products are exact, where it leaves half of the GPU to activations.
             sharded = not rank or state_bytes(model, 1) > H100.memory / 2
             adamw, sam, xsam, paper = policies(exact=not sharded)
@@ -158,26 +161,30 @@ def settings_table() -> str:
     return "\n".join(lines)
 
 
-def tables() -> dict[str, str]:
-    """Return each generated part of the page by the name of its markers."""
+def tables() -> dict[Path, dict[str, str]]:
+    """Return the generated parts of each page, by the name of their markers."""
     return {
-        "measured": measured(),
-        "breakdown": breakdown(),
-        "fit": report(),
-        "full finetuning": table(0),
-        "LoRA": table(RANK),
-        "settings": settings_table(),
+        MEASUREMENTS: {
+            "measured": measured(),
+            "breakdown": breakdown(),
+            "fit": report(),
+            "full finetuning": table(0),
+            "LoRA": table(RANK),
+        },
+        GUIDE: {"full finetuning": table(0, [64]), "LoRA": table(RANK, [64]), "settings": settings_table()},
     }
 
 
 def main() -> None:
-    """Print the tables, or write them into the page."""
+    """Print the tables, or write them into the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"put them into docs/{PAGE.name}")
-    if parser.parse_args().write:
-        PAGE.write_text(filled(PAGE, tables()), encoding="utf-8")
-    else:
-        print("\n\n".join(f"{name}\n\n{text}" for name, text in tables().items()))
+    parser.add_argument("--write", action="store_true", help="write them into the two pages")
+    write = parser.parse_args().write
+    for page, parts in tables().items():
+        if write:
+            page.write_text(filled(page, parts), encoding="utf-8")
+        else:
+            print("\n\n".join(f"{page.parent.name}/{page.name}, {name}\n\n{text}" for name, text in parts.items()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write the tables of `experiments/README.md` and the short one of `README.md`, and the figure, from the results.
+"""Write the tables of `experiments/README.md`, the short one of `README.md`, and the figure, from the results.
 
     python experiments/report.py
 
@@ -29,12 +29,13 @@ ROOT = Path(__file__).parent.parent
 FIGURE = "results.svg"
 PARTS = {"tuned": "each mode's own settings", "fixed": "the same settings for all"}
 EIGENVALUE = "top_eigenvalue"
+MINUS = "\N{MINUS SIGN}"
 
 Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # mode -> seed -> record
 
 
 class Difference(NamedTuple):
-    """The mean over seeds of one mode's value less another's, and its 95% confidence interval."""
+    """The mean over seeds of one mode's value minus another's, and its 95% confidence interval."""
 
     n: int
     mean: float
@@ -46,7 +47,7 @@ class Difference(NamedTuple):
         """Return which side of zero the interval lies on."""
         if self.n < 2:
             return "too few seeds"
-        return "lower" if self.high < 0 else "higher" if self.low > 0 else "not told apart"
+        return "lower" if self.high < 0 else "higher" if self.low > 0 else "within noise"
 
     def __str__(self) -> str:
         if self.n == 0:
@@ -127,7 +128,7 @@ def summary(task: str, runs: Runs) -> str:
     """Return the table of a task: every mode's means, and its paired differences to SAM."""
     metric = TASKS[task].metric
     head = ["mode", "n", "learning rate, rho", "steps", f"test {metric}", "top eigenvalue", "loss gap", "CPU s"]
-    head += [f"{metric} less SAM's", "eigenvalue less SAM's"]
+    head += [f"{metric} {MINUS} SAM's", f"eigenvalue {MINUS} SAM's"]
     rows = []
     for mode, records in runs.items():
         some = next(iter(records.values()))
@@ -193,18 +194,18 @@ def claim_rows(claim: Claim, found: Mapping[tuple[str, str], Runs]) -> list[list
                 difference = paired_difference(values(runs[ours], *keys), values(runs[theirs], *keys))
                 verdict = difference.verdict
                 holds = "yes" if verdict == better else "the opposite" if verdict in ("lower", "higher") else "open"
-                label = f"{ours} less {theirs}"
+                label = f"{ours} {MINUS} {theirs}"
                 rows.append([task, part, label, keys[-1], str(difference), str(difference.n), verdict, holds])
     return rows
 
 
 TITLES = {
-    "digits_cnn": "CNN on digits, a tenth of the labels wrong, SGD",
-    "digits_vit": "small ViT on digits, AdamW",
-    "movies_500": "MiniLM on 500 sentences, AdamW",
-    "movies_noise": "MiniLM on 800, a fifth of the labels wrong",
-    "movies": "MiniLM on 2,500",
-    "movie_text_lora": "SmolLM2 with LoRA, perplexity",
+    "digits_cnn": "CNN, 10% wrong labels",
+    "digits_vit": "small ViT",
+    "movies_500": "MiniLM, 500 sentences",
+    "movies_noise": "MiniLM, 800, 20% wrong labels",
+    "movies": "MiniLM, 2,500",
+    "movie_text_lora": "SmolLM2, LoRA: perplexity",
 }
 LABELS = {
     "stock": "stock Trainer",
@@ -214,24 +215,44 @@ LABELS = {
     "aligned_0.5": "`aligned`, alpha 0.5",
     "aligned_1": "`aligned`, alpha 1",
     "aligned_2": "`aligned`, alpha 2",
-    "stock_long": "stock Trainer, for as long as X-SAM takes",
-    "sam_long": "SAM, for as long",
+    "stock_long": "stock Trainer, in X-SAM's time",
+    "sam_long": "SAM, in X-SAM's time",
 }
 
 
-def short(found: Mapping[tuple[str, str], Runs]) -> str:
-    """Return test metric and top eigenvalue of every mode, for the tasks that have five seeds of each."""
-    complete = {
+FIRST_PAGE = ("stock", "sam", "paper", "stock_long", "sam_long")  # the rows of README.md's table
+
+
+def complete(found: Mapping[tuple[str, str], Runs]) -> dict[str, Runs]:
+    """Return the tuned runs of the tasks that have five seeds of every mode."""
+    return {
         task: runs
         for (task, part), runs in found.items()
         if part == "tuned" and all(mode in runs and len(runs[mode]) >= 5 for mode in LABELS)
     }
 
+
+def overview(found: Mapping[tuple[str, str], Runs]) -> str:
+    """Return the table of test metric and top eigenvalue of every mode."""
+    tasks = complete(found)
+
     def cell(task: str, records: Mapping[int, dict[str, Any]]) -> str:
         return ", ".join(spread(values(records, *keys)) for keys in (metric_of(task), ("metrics", EIGENVALUE)))
 
-    rows = [[label, *(cell(task, runs[mode]) for task, runs in complete.items())] for mode, label in LABELS.items()]
-    return table(["", *(TITLES[task] for task in complete)], rows)
+    rows = [[label, *(cell(task, runs[mode]) for task, runs in tasks.items())] for mode, label in LABELS.items()]
+    return table(["", *(TITLES[task] for task in tasks)], rows)
+
+
+def short(found: Mapping[tuple[str, str], Runs]) -> str:
+    """Return the table of README.md: the mean test metric of a few modes, to three digits."""
+    tasks = complete(found)
+
+    def cell(task: str, records: Mapping[int, dict[str, Any]]) -> str:
+        average, _ = mean_and_deviation(values(records, *metric_of(task)).values())
+        return f"{average:#.3g}".removesuffix(".")
+
+    rows = [[LABELS[mode], *(cell(task, runs[mode]) for task, runs in tasks.items())] for mode in FIRST_PAGE]
+    return table(["", *(TITLES[task] for task in tasks)], rows)
 
 
 def cost_rows(results: Path) -> list[list[str]]:
@@ -294,10 +315,11 @@ def report(found: Mapping[tuple[str, str], Runs], results: Path) -> str:
 
 def pages(found: Mapping[tuple[str, str], Runs], results: Path, root: Path) -> dict[Path, str]:
     """Return the pages under `root` that have tables of the results, with these made anew."""
-    all_tables, overview = root / "experiments" / "README.md", root / "README.md"
+    all_tables, first_page = root / "experiments" / "README.md", root / "README.md"
+    tables = {"results": report(found, results), "overview": overview(found)}
     return {
-        all_tables: filled(all_tables, {"results": f"\n{report(found, results)}\n"}),
-        overview: filled(overview, {"experiments": f"\n{short(found)}\n"}),
+        all_tables: filled(all_tables, {name: f"\n{text}\n" for name, text in tables.items()}),
+        first_page: filled(first_page, {"experiments": f"\n{short(found)}\n"}),
     }
 
 

@@ -26,7 +26,8 @@ from tests.helpers import examples_of, save_tiny_classifier, save_tiny_image_cla
 from tests.runs_on_disk import trained_runs
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("experiments", "benchmarks", "docs")
+PAGES = [ROOT / "README.md", *(page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md")))]
 MESSAGES = ROOT / "docs" / "troubleshooting.md"  # the page whose text blocks are messages
 LANGUAGES = ("python", "bash", "yaml", "text")
 
@@ -41,7 +42,11 @@ class Block:
     text: str
 
     def __str__(self):
-        return f"{self.page.name}:{self.line}"
+        return f"{name_of(self.page)}:{self.line}"
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
 @cache
@@ -64,7 +69,7 @@ def test_each_block_is_of_a_kind_that_is_tested():
         assert block.language != "text" or block.page == MESSAGES, f"{block}: only messages are text"
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
 def test_no_formula_is_taken_for_html(page):
     # <u, v> is text by CommonMark and a tag by Python-Markdown, which leaves it out of sight.
     for token in tokens_of(page):
@@ -96,7 +101,7 @@ def script(tmp_path, monkeypatch, hub):
     }
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in blocks("python")}), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", sorted({block.page for block in blocks("python")}), ids=name_of)
 def test_python(page, script):
     for block in blocks("python"):
         if block.page == page:
@@ -128,7 +133,7 @@ def commands():
     for block in blocks("bash"):
         for number, line in enumerate(block.text.splitlines()):
             for command in line.split(" && "):
-                where = f"{block.page.name}:{block.line + number}"
+                where = f"{name_of(block.page)}:{block.line + number}"
                 found.setdefault(command, pytest.param(shlex.split(command), id=where))
     return found.values()
 
@@ -147,7 +152,9 @@ def test_shell(words, tmp_path, monkeypatch):
             assert set(filter(None, extras.split(","))) <= known_extras()
             assert (ROOT / "constraints.txt").exists()
         case ["python", script, *options] if script.startswith("experiments/"):
-            import_module(Path(script).stem).parse(options)  # what they do takes hours, and has tests of its own
+            import_module(Path(script).stem).parse(options)  # they run for hours, and have tests of their own
+        case ["python", script, *options] if script.startswith("benchmarks/"):
+            assert (ROOT / script).is_file()  # likewise
         case ["python", script, *options]:
             run_recipe(script, options, tmp_path, monkeypatch)
         case ["accelerate", "launch", *arguments]:
@@ -224,6 +231,23 @@ def test_yaml(block, tmp_path, monkeypatch):
         assert value in [getattr(kind, name, None) for kind in (recipe, args, xsam)]
 
 
+# --- Settings: every field of XSAMConfig, with its default and the paper's.
+
+
+def test_settings():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.*?) ?\| ", page, re.MULTILINE)
+    default, paper = XSAMConfig().to_dict(), XSAMConfig.paper().to_dict()
+    expected = [
+        (name, as_text(value), "" if paper[name] == value else as_text(paper[name])) for name, value in default.items()
+    ]
+    assert sorted(rows) == sorted(expected)
+
+
+def as_text(value):
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
 # --- Messages: quoted as the source has them, with … for what a run fills in.
 
 FILLED_IN = re.compile(r"%(\.\d+)?[sdgfr]")
@@ -278,7 +302,7 @@ def links(page):
                 yield target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links(page):
     for link in links(page):
         parts = urlsplit(link)

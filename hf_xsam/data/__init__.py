@@ -1,4 +1,4 @@
-"""Data for the recipes and the command line: the embedded data sets, splits, and how examples become a model's inputs.
+"""Data for the recipes and the command line: embedded data sets, splits, and the encoding of examples.
 
-It needs `pip install 'hf_xsam[tools]'`.
+Needs `pip install 'hf_xsam[tools]'`.
 """

@@ -1,4 +1,4 @@
-"""The embedded data set of images: scikit-learn's handwritten digits."""
+"""scikit-learn's handwritten digits, the embedded image data set."""
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image

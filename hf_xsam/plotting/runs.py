@@ -1,4 +1,4 @@
-"""Training runs as they lie on disk, and what of them is drawn: panels of curves, and tables."""
+"""Read training runs from disk, and make the panels of curves and the tables that are drawn."""
 
 import json
 import math
@@ -24,7 +24,7 @@ class RunError(ValueError):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a `sharpness.json` says.
+    """The contents of a `sharpness.json`.
 
     Attributes:
         figures: text by name.
@@ -42,9 +42,9 @@ class Run:
     """One training run.
 
     Attributes:
-        name: what tells it from the others drawn with it.
-        history: the lines that the Trainer logged, each with its `step`; none of a model that was measured only.
-        sharpness: what `hf-xsam sharpness` measured, or None.
+        name: its name, different from the others' names.
+        history: the lines that the Trainer logged, each with its `step`; empty for a model that was only measured.
+        sharpness: the measurements of `hf-xsam sharpness`, or None.
     """
 
     name: str
@@ -53,13 +53,13 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Return the last step that something was logged at."""
+        """Return the last logged step."""
         return int(max((line["step"] for line in self.history), default=0))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel: the run's number, the kind of its values where a panel has two, and y by x."""
+    """One line of a panel: the run's number, y by x, and the kind of its values if the panel has two."""
 
     run: int
     points: dict[float, float]
@@ -67,13 +67,13 @@ class Curve:
 
     @property
     def last(self) -> float:
-        """Return the value at the greatest x."""
+        """Return the value at the largest x."""
         return self.points[max(self.points)]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves in the same axes. `log` is whether the y-axis is logarithmic."""
+    """Curves in the same axes; with `log`, the y-axis is logarithmic."""
 
     title: str
     x_label: str
@@ -83,19 +83,19 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a name and a cell for each run; an empty cell where a run lacks the figure."""
+    """Rows with a name and a cell for each run; the cell is empty if the run has no value."""
 
     title: str
     rows: dict[str, list[str]]
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
-    """Read each of `paths` once, and name the runs by the shortest ends of their paths that tell them apart.
+    """Read each of `paths` once, and name each run by the shortest end of its path that is unique.
 
     Raises:
-        RunError: for a path that holds no run, or a file in it that is damaged.
+        RunError: for a path without a run, or with a damaged file.
     """
-    # Each file once, with the folder of its run: a folder and the trainer_state.json in it are one run.
+    # Each file once, with its run's folder: a folder and the trainer_state.json in it are the same run.
     files: dict[Path, tuple[Path, Path]] = {}
     for path in map(Path, paths):
         file = find_file(path)
@@ -110,10 +110,10 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
 
 
 def find_file(path: Path) -> Path:
-    """Return what there is of a run at `path`.
+    """Return the file of the run at `path`.
 
-    It is the file itself, the Trainer's state in the folder or in its newest checkpoint, or, of a model that no Trainer
-    has trained here, the folder's `sharpness.json`.
+    This is `path` itself if it is a file, the Trainer's state in the folder or its newest checkpoint, or, for a model
+    without a training run, the folder's `sharpness.json`.
     """
     if path.is_file():
         return path
@@ -131,7 +131,7 @@ def find_file(path: Path) -> Path:
 
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
-    """Return the last part of each path, or as many of the last parts as it takes for all to differ."""
+    """Return the last part of each path, or as many of the last parts as are needed to make all unique."""
     for length in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-length:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -140,16 +140,16 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Return the lines that a Trainer's state has of its logs."""
+    """Return the logged lines in a Trainer's state."""
     remedy = "plot a checkpoint of the run instead, or train it again."
     history = _read_json(path, remedy).get("log_history")
     if not isinstance(history, list) or not all(isinstance(x, dict) and is_number(x.get("step")) for x in history):
-        raise RunError(f"{path} is not the state of a Trainer: it has no log_history of steps; {remedy}")
+        raise RunError(f"{path} is not the state of a Trainer, because it has no log_history of steps; {remedy}")
     return history
 
 
 def read_sharpness(path: Path) -> Measured:
-    """Return what `hf-xsam sharpness` has written into the file; only loss and eigenvalues have to be in it."""
+    """Read a file that `hf-xsam sharpness` wrote; only the loss and the eigenvalues are required."""
     remedy = "measure the model again with hf-xsam sharpness, or remove the file."
     content = _read_json(path, remedy)
     try:
@@ -162,11 +162,11 @@ def read_sharpness(path: Path) -> Measured:
             settings={name: str(value) for name, value in content.get("settings", {}).items()},
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is not as hf-xsam sharpness writes it ({error!r}); {remedy}") from error
+        raise RunError(f"{path} was not written by hf-xsam sharpness ({error!r}); {remedy}") from error
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
-    """Return the panels that some run has data for, those over steps first, then the slices of the final loss."""
+    """Return the panels for which some run has data: first those over steps, then the slices of the final loss."""
     results = {name: None for run in runs for line in run.history for name in line if name.startswith("eval_")}
     metrics = [name for name in results if not name.endswith(NOT_RESULTS)]
     metrics.sort(key=lambda name: not name.endswith("loss"))  # losses first; the rest as logged
@@ -203,7 +203,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def spans_decade(curves: Iterable[Curve]) -> bool:
-    """Return whether a logarithmic axis shows the curves better: all above 0, the highest over 10 times the lowest."""
+    """Return whether a logarithmic axis fits: all values are above 0, and the highest is over 10 times the lowest."""
     values = [y for curve in curves for y in curve.points.values() if math.isfinite(y)]
     return bool(values) and 0 < 10 * min(values) < max(values)
 
@@ -219,7 +219,7 @@ def last_values(drawn: Sequence[Panel], count: int) -> Table:
 
 
 def measured_table(runs: Sequence[Run]) -> Table | None:
-    """Return what was measured of the trained models; None where nothing was."""
+    """Return the measurements of the trained models; None if there are none."""
     figures = [run.sharpness.figures if run.sharpness else {} for run in runs]
     names = dict.fromkeys(name for column in figures for name in column)
     rows = {name: [column.get(name, "") for column in figures] for name in names}
@@ -227,7 +227,7 @@ def measured_table(runs: Sequence[Run]) -> Table | None:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings, by name, under which the runs' sharpness was not measured alike, with each run's value."""
+    """Return the settings that differ between the measurements of the runs, by name, with each run's value."""
     settings = [run.sharpness.settings for run in runs if run.sharpness]
     names = dict.fromkeys(name for each in settings for name in each)
     values = {name: [each.get(name, "not given") for each in settings] for name in names}
@@ -235,7 +235,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def sharpness_figures(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the figures of a `sharpness.json`, as text by name; only loss and eigenvalues have to be there."""
+    """Return the figures of a `sharpness.json` as text, by name; only the loss and the eigenvalues are required."""
     eigenvalues, angles = content["eigenvalues"], content.get("gradient_angles_degrees", [])
     figures = {"Loss": content["loss"], "Gradient norm": content.get("gradient_norm")}
     figures |= {f"Eigenvalue {i}": value for i, value in enumerate(eigenvalues, 1)}
@@ -249,7 +249,7 @@ def sharpness_figures(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is an int or a float; what `compute_metrics` returns may be anything."""
+    """Return whether `value` is an int or a float; `compute_metrics` may return anything."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -264,7 +264,7 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
     except ValueError as error:
-        raise RunError(f"{path} is damaged, it does not hold JSON ({error}); {remedy}") from error
+        raise RunError(f"{path} is damaged: it is not JSON ({error}); {remedy}") from error
     if not isinstance(content, dict):
         raise RunError(f"{path} holds a JSON {type(content).__name__}, not an object; {remedy}")
     return content

@@ -1,7 +1,7 @@
-"""X-SAM's state inside a Trainer checkpoint: `xsam_state.json`, and safetensors with what each process holds of v.
+"""X-SAM's state in a Trainer checkpoint: `xsam_state.json`, and the eigenvector v in safetensors files.
 
-Every process of a sharded run writes its own part of the eigenvector and where it belongs, so that nothing is gathered
-and any number of processes can read it back. Files appear whole or not at all, the JSON last.
+In a sharded run, every process writes its own part of v and the part's offsets. Nothing is gathered, and any number of
+processes can read v back. Each file is written to a temporary name and then renamed; the JSON file comes last.
 """
 
 import json
@@ -23,23 +23,23 @@ from ..config import XSAMConfig
 from ..functional.tensors import is_sharded, local, norm, shard_like, wide_dtype
 from ..state import XSAMState
 
-logger = get_logger(__name__)  # of the main process alone
+logger = get_logger(__name__)  # logs on the main process only
 
 STATE_NAME = "xsam_state.json"
 VECTOR_NAME = "xsam_eigenvector-{part:05d}-of-{parts:05d}.safetensors"
 TRAINER_STATE_NAME = "trainer_state.json"
-REMEDY = "Resume from another checkpoint, or delete its xsam_* files to have the eigenvector estimated anew."
+REMEDY = "Resume from another checkpoint, or delete its xsam_* files to estimate the eigenvector again."
 
 
 def save_state(state: XSAMState, config: XSAMConfig, folder: str, accelerator: Accelerator, writes: bool) -> None:
-    """Write `state` and `config` into `folder`; to be called on every process.
+    """Write `state` and `config` into `folder`. Call it on every process.
 
     Args:
-        state: what to save.
-        config: the settings of the run, to compare with on resuming.
-        folder: the checkpoint's.
-        accelerator: the trainer's.
-        writes: whether this process writes what all processes share (`args.should_save`).
+        state: the state to save.
+        config: the settings of the run, compared with those of the run that resumes.
+        folder: the checkpoint's folder.
+        accelerator: the trainer's accelerator.
+        writes: whether this process writes the files that all processes share (`args.should_save`).
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -73,21 +73,24 @@ def save_state(state: XSAMState, config: XSAMConfig, folder: str, accelerator: A
 def load_state(
     folder: str, config: XSAMConfig, parameters: Mapping[str, Tensor], accelerator: Accelerator
 ) -> XSAMState | None:
-    """Read what `save_state` wrote, for `parameters` as they are sharded now; None, with a warning, where it did not.
+    """Read the state that `save_state` wrote, sharded as `parameters` are now.
 
     Args:
-        folder: the checkpoint's.
-        config: the settings of this run; a difference to the checkpoint's is warned of.
-        parameters: those that the eigenvector may span, by name.
-        accelerator: the trainer's.
+        folder: the checkpoint's folder.
+        config: the settings of this run; differences from the checkpoint's are logged as a warning.
+        parameters: the parameters that the eigenvector may span, by name.
+        accelerator: the trainer's accelerator.
+
+    Returns:
+        The state, or None, with a warning, if the checkpoint has none.
 
     Raises:
-        ValueError: for a file that is missing, damaged, or of another model, with its path and what is wrong.
+        ValueError: for a file that is missing, damaged, or from another model; the message names the file.
     """
     path = Path(folder) / STATE_NAME
     if not path.exists():
         logger.warning(
-            "%s has no %s: it was not written by X-SAM, or with save_only_model. The eigenvector is estimated anew.",
+            "%s has no %s: it was written without X-SAM, or with save_only_model. The eigenvector is estimated again.",
             folder,
             STATE_NAME,
         )
@@ -105,7 +108,7 @@ def load_state(
     _warn_of_differences(folder, saved, config, processes, accelerator.num_processes)
     if parts is not None:
         files = _open_vector(Path(folder), parts)
-        if eigenvalue is None:  # before the first refresh: what the user has set, as it was set
+        if eigenvalue is None:  # before the first refresh: the vector that the user set
             [file] = files.values()
             state.eigenvector = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
         else:
@@ -118,7 +121,7 @@ def load_state(
 
 
 def _offsets(tensor: Tensor) -> list[int]:
-    """Return where this process's part of `tensor` begins in the whole, by dimension."""
+    """Return the offset of this process's part of `tensor` in each dimension."""
     return list(tensor.__create_chunk_list__()[0].offsets) if is_sharded(tensor) else [0] * tensor.dim()
 
 
@@ -169,7 +172,7 @@ def _warn_of_differences(
         logger.warning("%s was written with other X-SAM settings: %s.", folder, ", ".join(changed))
     if processes != processes_now:
         logger.warning(
-            "%s was written by %d processes and %d resume it: X-SAM goes on with the same eigenvector, but the run "
+            "%s was written by %d processes, and %d resume it: X-SAM continues with the same eigenvector, but the run "
             "will not equal an uninterrupted one bit for bit.",
             folder,
             processes,
@@ -185,32 +188,32 @@ def checkpoints_in(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def last_complete_checkpoint(folder: str, ranks: Sequence[int] | None = None) -> str:
-    """Return the newest checkpoint in `folder` that was written to its end; warn of those passed over.
+    """Return the newest complete checkpoint in `folder`; warn about newer ones that are skipped.
 
-    A process that is killed while it saves leaves a folder that the stock Trainer would resume from without its
-    optimizer state or step count.
+    If a process is killed while it saves, it leaves a folder from which the stock Trainer would resume without the
+    optimizer state or the step count.
 
     Args:
-        folder: the run's.
-        ranks: the processes whose files are there; None is all that wrote the checkpoint.
+        folder: the run's output folder.
+        ranks: the processes whose files are in it; None is all that wrote the checkpoint.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     for path in checkpoints_in(folder):
         if _is_complete(path, ranks):
             return str(path)
-        logger.warning("%s is passed over: saving it was interrupted.", path)
+        logger.warning("%s is skipped: saving it was interrupted.", path)
     raise ValueError(f"There is no complete checkpoint in {folder!r}: train without resume_from_checkpoint.")
 
 
 def _is_complete(checkpoint: Path, ranks: Sequence[int] | None) -> bool:
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # what the Trainer writes last
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())  # the Trainer writes it last
         state = json.loads((checkpoint / STATE_NAME).read_text()) if (checkpoint / STATE_NAME).exists() else {}
     except (OSError, ValueError):
         return False
-    # The other processes write their random states meanwhile.
+    # The other processes write their random states in parallel.
     wrote = range(state.get("processes", 1))
     random_states = [checkpoint / f"rng_state_{rank}.pth" for rank in wrote if ranks is None or rank in ranks]
     return len(wrote) == 1 or all(zipfile.is_zipfile(path) for path in random_states)

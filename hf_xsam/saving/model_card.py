@@ -1,4 +1,4 @@
-"""What a pushed model says of its training: X-SAM's part of the model card, after the stock one."""
+"""X-SAM's part of the model card, added to the stock card."""
 
 import json
 import math
@@ -51,19 +51,19 @@ Logs = Sequence[Mapping[str, Any]]
 
 
 def prepare_adapter_card(trainer: "Trainer") -> None:
-    """Write PEFT's own card for an adapter where there is no card yet; the stock method knows an adapter by it."""
+    """Write PEFT's card for an adapter if there is no card yet: by it, the stock method recognizes an adapter."""
     model = _model_of(trainer)
     if hasattr(model, "create_or_update_model_card") and not _card_path(trainer).exists():
         model.create_or_update_model_card(trainer.args.output_dir)
 
 
 def complete_model_card(trainer: "Trainer", config: XSAMConfig, base_model: str | None = None) -> None:
-    """Add X-SAM's tag, evaluations and section to the card that the stock method has written, and draw its plot.
+    """Add X-SAM's tag, evaluations and section to the stock card, and draw its plot.
 
     Args:
-        trainer: whose `output_dir` has the card.
+        trainer: the trainer whose `output_dir` has the card.
         config: its X-SAM settings.
-        base_model: hub name of the model it started from, where the caller gave one.
+        base_model: hub name of the model that training started from, if the caller gave one.
     """
     path, history = _card_path(trainer), trainer.state.log_history
     card = ModelCard.load(path)
@@ -84,7 +84,7 @@ def complete_model_card(trainer: "Trainer", config: XSAMConfig, base_model: str 
 
 
 def is_hub_name(name: str | None) -> bool:
-    """Return whether `name` can be that of a model on the hub, and is no folder here."""
+    """Return whether `name` can be the name of a model on the hub and is not a local folder."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
@@ -99,25 +99,25 @@ def evaluations(history: Logs) -> dict[str, dict[str, float]]:
         for split in [name.removesuffix("_runtime") for name in line if name.endswith("_runtime")]:
             metrics = {name.removeprefix(f"{split}_"): x for name, x in line.items() if name.startswith(f"{split}_")}
             found[split] = {name: x for name, x in metrics.items() if not name.endswith(NOT_RESULTS)}
-    found.pop("train", None)  # means over the run, which the stock card has
+    found.pop("train", None)  # means over the run, which are in the stock card
     return found
 
 
 def further_results(stock: Sequence[EvalResult], metrics: Mapping[str, Mapping[str, float]]) -> list[EvalResult]:
-    """Return the metrics that the stock card's evaluation results leave out, for the same task and data set.
+    """Return the metrics that are missing in the stock card's evaluation results, for the same task and data set.
 
     Args:
-        stock: the stock card's results, at least one; the hub takes none without a task and a data set, so where
-            the stock method knows neither, it writes none.
+        stock: the stock card's results, at least one. The hub requires a task and a data set, so the stock method
+            writes no results if it knows neither.
         metrics: as returned by [`evaluations`].
     """
     results = []
     for split, values in metrics.items():
-        # The stock card's one split is the evaluation split, by the name that the data set has for it.
+        # The stock card has only the evaluation split, under the name that the data set gives it.
         named = stock[0].dataset_split if split == "eval" else split.removeprefix("eval_")
         for name, value in values.items():
             if not isinstance(value, int | float) or not math.isfinite(value):
-                continue  # what `compute_metrics` returns may be anything; the hub takes numbers
+                continue  # `compute_metrics` may return anything; the hub takes numbers
             title = " ".join(part.capitalize() for part in name.split("_"))
             result = replace(
                 stock[0], dataset_split=named, metric_type=name, metric_name=title, metric_value=value, metric_args=None
@@ -139,12 +139,12 @@ def xsam_section(
     from .. import __version__  # the package imports this module
 
     repeat = f"from hf_xsam import XSAMConfig\n\nxsam_config = XSAMConfig.from_pretrained({json.dumps(repo)})"
-    method = "X-SAM" if config.alpha > 0 else "SAM (X-SAM at alpha 0, which leaves out its correction)"
+    method = "X-SAM" if config.alpha > 0 else "SAM (X-SAM with alpha 0, that is without its correction)"
     parts = [
         "## Sharpness-aware training",
-        f"This model was trained with {method}, by hf_xsam {__version__}. X-SAM "
+        f"This model was trained with {method}, using hf_xsam {__version__}. X-SAM "
         "([arXiv 2601.10251](https://arxiv.org/abs/2601.10251)) is sharpness-aware minimization "
-        "([arXiv 2010.01412](https://arxiv.org/abs/2010.01412)) with its gradient corrected along the Hessian's top "
+        "([arXiv 2010.01412](https://arxiv.org/abs/2010.01412)) that corrects its gradient along the Hessian's top "
         "eigenvector.",
         "### How to load it",
         f"```python\n{loading}\n```",
@@ -160,7 +160,7 @@ def xsam_section(
     if rows := sharpness_rows(history):
         parts += [
             "### Sharpness during training",
-            "On the training batches, averaged from one log to the next.",
+            "On the training batches, averaged between two logs.",
             markdown_table(("", "first", "last", "lowest", "highest"), rows),
         ]
     if plot:
@@ -169,11 +169,11 @@ def xsam_section(
 
 
 def sharpness_rows(history: Logs) -> list[tuple[str, ...]]:
-    """Return a row for each sharpness figure of the run: its name, and its first, last, lowest and highest value."""
+    """Return a row for each sharpness metric of the run: its name, and its first, last, lowest and highest value."""
     rows = []
     for name, title in FIGURES.items():
         if values := [line[name] for line in history if name in line]:
-            # A step that overflowed has no part in the range.
+            # Steps that overflowed are not part of the range.
             finite = [x for x in values if math.isfinite(x)] or values
             rows.append((title, *map(_number, (values[0], values[-1], min(finite), max(finite)))))
     return rows
@@ -182,7 +182,7 @@ def sharpness_rows(history: Logs) -> list[tuple[str, ...]]:
 def draw_plot(history: Logs, path: Path) -> str | None:
     """Draw the top eigenvalue, the loss and the perturbed loss by step; return the file's name.
 
-    Return None where there are fewer than two logs to draw, or no matplotlib.
+    Return None if there are fewer than two logs to draw, or if matplotlib is missing.
     """
     lines = [
         {**line, "perturbed loss": line["loss"] + line["xsam/sharpness"]}
@@ -211,10 +211,10 @@ def loading_snippet(model: Any, processing_class: Any, repo: str, base_model: st
     """Return Python code that loads the model, or base model and adapter, and the tokenizer or processor.
 
     Args:
-        model: as it was trained, without wrappers of a distributed run.
+        model: the trained model, without wrappers of a distributed run.
         processing_class: the trainer's, or None.
-        repo: where to load from: a model's name on the hub, or a folder.
-        base_model: hub name of an adapter's base model; None for where PEFT has it from.
+        repo: a model's name on the hub, or a folder.
+        base_model: hub name of an adapter's base model; None takes the name that PEFT stores.
     """
     if hasattr(model, "get_base_model"):
         base = model.get_base_model()
@@ -248,7 +248,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _origin(model: Any) -> tuple[str, str]:
-    """Return the module to import the model's class from, and the class's name."""
+    """Return the module and the name of the model's class."""
     module = type(model).__module__
     return "transformers" if module.startswith("transformers.") else module, type(model).__name__
 

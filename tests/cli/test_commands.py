@@ -280,8 +280,8 @@ def test_options_that_do_not_fit_are_named(tmp_path, reviews, capsys, options, m
     ("rows", "message"),
     [
         ([["good", "yes"], ["bad", None]], "label_column 'label' has rows without a label"),
-        ([["good", "yes"], [None, "no"]], "Column 'text' holds None where it should a text"),
-        ([[3, "yes"], [4, "no"]], "Column 'text' holds 3 where it should a text"),
+        ([["good", "yes"], [None, "no"]], "Column 'text' holds None, not a text"),
+        ([[3, "yes"], [4, "no"]], "Column 'text' holds 3, not a text"),
     ],
 )
 def test_rows_without_a_text_or_a_label_are_named(tmp_path, capsys, rows, message):
@@ -296,7 +296,7 @@ def test_paths_of_images_are_named(tmp_path, capsys):
     Dataset.from_dict({"image": ["a.png", "b.png"], "label": [0, 1]}).to_parquet(tmp_path / "d.parquet")
     save_tiny_image_classifier(tmp_path / "model", classes=2)
     words = ["sharpness", tmp_path / "model", "--dataset", tmp_path / "d.parquet", *FEW, *QUIET]
-    assert "Column 'image' holds a str where it should an image" in refused(capsys, *words)
+    assert "Column 'image' holds a str, not an image" in refused(capsys, *words)
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path, reviews, capsys):

@@ -164,14 +164,14 @@ class TestReport:
             interval = reference.confidence_interval(0.95)
             assert difference.n == n
             np.testing.assert_allclose(difference[1:], [np.mean(ours - theirs), interval.low, interval.high], rtol=1e-9)
-            assert (difference.verdict != "not told apart") == (reference.pvalue < 0.05)
+            assert (difference.verdict != "within noise") == (reference.pvalue < 0.05)
             np.testing.assert_allclose(report.mean_and_deviation(ours), [ours.mean(), ours.std(ddof=1)])
 
     def test_by_hand(self):
         # Differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.302653, so 2 -+ 4.302653 / sqrt(3).
         difference = report.paired_difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0})
         np.testing.assert_allclose(difference, [3, 2.0, -0.4841377, 4.4841377], rtol=1e-6)
-        assert difference.verdict == "not told apart"
+        assert difference.verdict == "within noise"
         assert report.paired_difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 0.0, 1: 2.1, 2: 3.9}).verdict == "higher"
         assert report.paired_difference({0: 0.0, 1: 2.1, 2: 3.9}, {0: 2.0, 1: 4.0, 2: 6.0}).verdict == "lower"
 
@@ -203,7 +203,8 @@ class TestReport:
     def test_the_page(self, tmp_path):
         results, page = tmp_path / "results", tmp_path / "experiments" / "README.md"
         page.parent.mkdir()
-        page.write_text("before\n<!-- results: begin -->\nwhat was there before\n<!-- results: end -->\nafter\n")
+        old = "<!-- overview: begin --><!-- overview: end -->\n<!-- results: begin -->\nold\n<!-- results: end -->"
+        page.write_text(f"before\n{old}\nafter\n")
         (tmp_path / "README.md").write_text("<!-- experiments: begin --><!-- experiments: end -->")
         arguments = ["--results", str(results), "--root", str(tmp_path)]
         report.main(arguments)
@@ -215,33 +216,36 @@ class TestReport:
         self.record(results, "paper", 7, 0.1, None)
         report.main(arguments)
         text = page.read_text()
-        assert text.startswith("before\n<!-- results: begin -->\n")
+        assert text.startswith("before\n<!-- overview: begin -->\n")
         assert text.endswith("<!-- results: end -->\nafter\n")
-        assert "what was there before" not in text
+        assert "\nold\n" not in text
         rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
         found = {row[2]: row[3:] for row in rows if row[0] == "digits_cnn" and row[3] == "top_eigenvalue"}
         interval = stats.ttest_rel([5.1, 5.2, 5.3], [4.0, 4.2, 4.1]).confidence_interval(0.95)
         shown = f"+1.1 [{interval.low:+.3g}, {interval.high:+.3g}]"
-        assert found["paper less sam"] == ["top_eigenvalue", shown, "3", "higher", "the opposite"]
-        assert found["aligned_1 less paper"][2:] == ["3", "lower", "yes"]
+        assert found[f"paper {report.MINUS} sam"] == ["top_eigenvalue", shown, "3", "higher", "the opposite"]
+        assert found[f"aligned_1 {report.MINUS} paper"][2:] == ["3", "lower", "yes"]
         accuracies = {row[2]: row[3:] for row in rows if row[0] == "digits_cnn" and row[3] == "accuracy"}
-        assert accuracies["paper less sam"][2:] == ["3", "not told apart", "open"]
-        assert accuracies["aligned_1 less sam"][2:] == ["3", "higher", "yes"]
+        assert accuracies[f"paper {report.MINUS} sam"][2:] == ["3", "within noise", "open"]
+        assert accuracies[f"aligned_1 {report.MINUS} sam"][2:] == ["3", "higher", "yes"]
         assert next(row for row in rows if row[0] == "paper")[4] == "0.69 ± 0.40"
         assert b"<svg" in (page.parent / "results.svg").read_bytes()
         report.main(arguments)
         assert page.read_text() == text
 
-    def test_the_overview_has_tasks_with_five_seeds_of_each_mode(self, tmp_path):
+    def test_the_overviews_have_tasks_with_five_seeds_of_each_mode(self, tmp_path):
         for mode in report.LABELS:
             for seed in range(5):
                 self.record(tmp_path, mode, seed, 0.9 + seed / 100, 40.0 + 10 * seed, part="tuned")
-        head, _, *rows = report.short(report.load_all(tmp_path)).splitlines()
-        assert head == f"|  | {report.TITLES['digits_cnn']} |"
-        assert rows[0] == "| stock Trainer | 0.920 ± 0.016, 60 ± 16 |"
-        assert len(rows) == len(report.LABELS)
+        expected = {report.overview: "0.920 ± 0.016, 60 ± 16", report.short: "0.920"}
+        for of, cell in expected.items():
+            head, _, *rows = of(report.load_all(tmp_path)).splitlines()
+            assert head == f"|  | {report.TITLES['digits_cnn']} |"
+            assert rows[0] == f"| stock Trainer | {cell} |"
+            assert len(rows) == len(report.LABELS if of is report.overview else report.FIRST_PAGE)
         Job("digits_cnn", "tuned", "sam_long", 4, 0.05, 0.05, 40).path(tmp_path).unlink()
-        assert "digits" not in report.short(report.load_all(tmp_path))
+        for of in expected:
+            assert "CNN" not in of(report.load_all(tmp_path))
 
     def test_a_page_without_markers_is_refused(self, tmp_path):
         (tmp_path / "experiments").mkdir()

@@ -238,9 +238,9 @@ def test_folder_without_a_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda text: text[: len(text) // 2], "is damaged, it does not hold JSON ("),
-        (lambda text: b"\xff" + text, "is damaged, it does not hold JSON ("),
-        (lambda text: b"", "is damaged, it does not hold JSON ("),
+        (lambda text: text[: len(text) // 2], "is damaged: it is not JSON ("),
+        (lambda text: b"\xff" + text, "is damaged: it is not JSON ("),
+        (lambda text: b"", "is damaged: it is not JSON ("),
         (lambda text: b"[]", "holds a JSON list, not an object; "),
         (lambda text: b"{}", "it has no log_history of steps; "),
         (lambda text: b'{"log_history": [{"loss": 1}]}', "it has no log_history of steps; "),
@@ -272,7 +272,7 @@ def test_damaged_sharpness(stock, capsys, change):
     path = stock / "sharpness.json"
     path.write_text(json.dumps({**SHARPNESS, **change}))
     error = refused(capsys, stock)
-    assert f"{path} is not as hf-xsam sharpness writes it" in error
+    assert f"{path} was not written by hf-xsam sharpness" in error
     assert "measure the model again" in error
     path.write_text(json.dumps({"model": "m", "loss": 1.0}))
     assert "KeyError('eigenvalues')" in refused(capsys, stock)

@@ -132,7 +132,7 @@ def test_labels_of_held_out_data_that_are_no_class(model_and_data, tmp_path, cap
     metrics = text_classification.main(flags(model_and_data | short))
     assert not any(name.startswith("test_") for name in metrics)
     assert "The test split is left out: its verdict has {'Yes'}, which is no class" in caplog.text
-    with pytest.raises(ValueError, match="Column 'verdict' holds 'Yes', which is no class of the training data"):
+    with pytest.raises(ValueError, match="Column 'verdict' holds 'Yes', which is not a class of the training data"):
         text_classification.main(flags(model_and_data | {"validation_file": str(tmp_path / "other.csv")}))
 
 
@@ -187,7 +187,7 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
 
 
 def test_no_network_is_said(nothing_downloaded):
-    with pytest.raises(RuntimeError, match=r"could not fetch vaderSentiment==3\.3\.2.*or name data of your own"):
+    with pytest.raises(RuntimeError, match=r"could not download vaderSentiment==3\.3\.2.*or use your own data"):
         movie_reviews.load_movie_reviews()
 
 

@@ -181,7 +181,7 @@ class TestLastCompleteCheckpoint:
         (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
         (tmp_path / "checkpoint-best").mkdir()
         assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
-        assert caplog.text.count("is passed over: saving it was interrupted") == 2
+        assert caplog.text.count("is skipped: saving it was interrupted") == 2
         resumed = trainer_for(tmp_path, **{**SAVING, "save_steps": 1})
         resumed.train(resume_from_checkpoint=True)
         assert same(outcome(resumed), outcome(whole))

@@ -63,10 +63,10 @@ def test_a_step_that_overflowed_is_out_of_the_range():
 
 def test_before_training_and_without_a_correction():
     section = xsam_section(XSAMConfig(alpha=0.0), {}, [], None, "code", "user/model")
-    assert "trained with SAM (X-SAM at alpha 0" in section
+    assert "trained with SAM (X-SAM with alpha 0" in section
     for absent in ("### Metrics", "### Sharpness during", "!["):
         assert absent not in section
-    assert "trained with X-SAM, by" in xsam_section(XSAMConfig(), {}, [], None, "code", "user/model")
+    assert "trained with X-SAM, using" in xsam_section(XSAMConfig(), {}, [], None, "code", "user/model")
 
 
 def test_the_plot_shows_the_logs(tmp_path, monkeypatch):
