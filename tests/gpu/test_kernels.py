@@ -96,22 +96,22 @@ def test_adapters_on_a_4_bit_model(tmp_path, hvp):
 
 
 class TestRecurrentNetworks:
-    """cuDNN's have no backward pass in evaluation mode, and no second derivative in any."""
+    """cuDNN's have no backward pass in evaluation mode, and no second derivative: products do without cuDNN."""
 
-    def test_products_are_finite_differences(self, tmp_path):
-        trainer = gpu_run(Recurrent(), sequences(), tmp_path, XSAMConfig(rho=0.05, eigen_interval=1))
-        assert trainer._xsam_hvp_method == "finite_difference"
+    @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+    def test_trains(self, tmp_path, hvp):
+        config = XSAMConfig(rho=0.05, eigen_interval=1, hvp=hvp)
+        trainer = gpu_run(Recurrent(), sequences(), tmp_path, config)
+        assert trainer._xsam_hvp_method == hvp
         assert is_finite(trainer.xsam_state)
         assert all(log["xsam/sharpness"] > 0 for log in logs_of(trainer))
         assert trainer.model.lstm.training
+        assert torch.backends.cudnn.enabled
 
-    def test_exact_products_are_refused(self, tmp_path):
-        with pytest.raises(RuntimeError, match="hvp is 'exact', but the model has no second derivative"):
-            gpu_run(Recurrent(), sequences(), tmp_path, XSAMConfig(hvp="exact"))
+    def test_auto_takes_exact_products(self, tmp_path):
+        trainer = gpu_run(Recurrent(), sequences(), tmp_path, XSAMConfig(rho=0.05, eigen_interval=1))
+        assert trainer._xsam_hvp_method == "exact"
 
-    @pytest.mark.xfail(
-        raises=RuntimeError, strict=False, reason="top_eigenpair takes gradients in evaluation mode, cuDNN refuses them"
-    )
     def test_top_eigenpair(self, tmp_path):
         value = top_eigenpair(Recurrent(), sequences(), tmp_path, use_cpu=False)[1]
         assert value == pytest.approx(top_eigenpair(Recurrent(), sequences(), tmp_path)[1], rel=0.05)
