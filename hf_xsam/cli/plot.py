@@ -3,10 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..plotting.figure import draw_figure
-from ..plotting.page import page
-from ..plotting.runs import RunError, measured_table, panels, read_runs
-
 FIGURE_NAME = "runs.png"
 PAGE_NAME = "runs.html"
 
@@ -34,6 +30,10 @@ def run(arguments: PlotArguments) -> None:
         RunError: for a run that cannot be read, or runs without anything to draw.
         OSError: for a folder that cannot be written into.
     """
+    from ..plotting.figure import draw_figure  # here, and not for the options' help: matplotlib and torch take seconds
+    from ..plotting.page import page
+    from ..plotting.runs import RunError, measured_table, panels, read_runs
+
     runs = read_runs(arguments.runs)
     drawn = panels(runs)
     if not drawn:

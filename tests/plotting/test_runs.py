@@ -290,8 +290,8 @@ def test_output_that_is_a_file(stock, capsys):
 
 def test_without_matplotlib(stock, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("plot", "figure", "page"):
-        monkeypatch.delitem(sys.modules, f"hf_xsam.{name}", raising=False)
+    for name in ("figure", "page"):
+        monkeypatch.delitem(sys.modules, f"hf_xsam.plotting.{name}")
     assert "pip install 'hf_xsam[tools]'" in refused(capsys, stock)
 
 
