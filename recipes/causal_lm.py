@@ -8,7 +8,6 @@ Without a model and data set of yours: SmolLM2-135M-Instruct and movie reviews, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,23 +24,15 @@ from transformers import (
 )
 
 from hf_xsam import XSAMConfig
-from hf_xsam.data.encoding import encode_language
+from hf_xsam.data import IGNORED
+from hf_xsam.data.columns import LanguageColumns
 from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, movie_prompts
-from hf_xsam.data.splits import require_columns
-from hf_xsam.sharpness.landscape import IGNORED
 
 
 @dataclass
-class CausalArguments(LanguageModelArguments):
-    """Which columns hold the texts, and how they become sequences."""
+class CausalArguments(LanguageColumns, LanguageModelArguments):
+    """The model, the data, the columns of the texts, and how they become sequences."""
 
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    completion_only_loss: bool = field(
-        default=False, metadata={"help": "Train on completions, given prompts, and not on texts."}
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt."})
-    completion_column: str = field(default="completion", metadata={"help": "Column of the completion."})
-    max_length: int = field(default=512, metadata={"help": "Longer sequences are cut to so many tokens."})
     packing: bool = field(
         default=False,
         metadata={"help": "Join the sequences and cut the whole into pieces of max_length tokens."},
@@ -78,16 +69,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with args.main_process_first(desc="loading the data and the model"):
         splits = limited(load_splits(recipe, movie_prompts), recipe)
         model, tokenizer = load_model(recipe)
-    columns, max_length = {"text_column": recipe.text_column}, recipe.max_length
-    if recipe.completion_only_loss:
-        columns = {"prompt_column": recipe.prompt_column, "completion_column": recipe.completion_column}
-    elif recipe.packing:
-        max_length = None  # packing cuts texts itself
-    require_columns(splits["train"], **columns)
+    encode, options = recipe.language_encoder(splits["train"]), {"tokenizer": tokenizer}
+    if recipe.packing and not recipe.completion_only_loss:
+        options["max_length"] = None  # packing cuts texts itself
 
-    encode = partial(encode_language, tokenizer=tokenizer, columns=tuple(columns.values()), max_length=max_length)
     with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
+        splits = splits.map(encode, fn_kwargs=options, batched=True, remove_columns=splits["train"].column_names)
         if recipe.packing:
             splits = splits.map(pack, fn_kwargs={"length": recipe.max_length}, batched=True)
     if recipe.use_peft:

@@ -37,20 +37,18 @@ from transformers import (
 )
 
 from hf_xsam import XSAMConfig
+from hf_xsam.data.columns import ImageColumns
 from hf_xsam.data.digits import digits
-from hf_xsam.data.encoding import encode_images
-from hf_xsam.data.splits import label_names, require_columns
+from hf_xsam.data.splits import label_names
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ImageArguments(RecipeArguments):
-    """Where the images are, and how they are varied."""
+class ImageArguments(ImageColumns, RecipeArguments):
+    """The model, the data, where the images are, and how they are varied."""
 
     train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images a class."})
-    image_column: str = field(default="image", metadata={"help": "Column of the image."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label: an integer or a string."})
     augmentation: Literal["none", "crop", "crop_and_flip"] = field(
         default="crop_and_flip",
         metadata={"help": "Random changes of training images, where torchvision is installed."},
@@ -93,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with args.main_process_first(desc="loading data"):
         embedded = (lambda: load_dataset("imagefolder", data_dir=recipe.train_dir)) if recipe.train_dir else digits
         splits = load_splits(recipe, embedded)
-    require_columns(splits["train"], image_column=recipe.image_column)
     names, number_of = label_names(splits["train"], recipe.label_column)
+    encode = recipe.image_encoder(splits["train"], number_of)
     splits = limited(without_hidden_labels(splits, recipe.label_column, number_of), recipe)
 
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -106,16 +104,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     else:
         model, processor = small_vit(**labels)
 
-    encode = partial(
-        encode_images,
-        processor=processor,
-        image_column=recipe.image_column,
-        label_column=recipe.label_column,
-        number_of=number_of,
-    )
     for name, split in splits.items():
         change = augment(recipe.augmentation if name == "train" else "none", processor)
-        split.set_transform(partial(encode, change=change))
+        split.set_transform(partial(encode, processor=processor, change=change))
 
     trainer = make_trainer(
         recipe,

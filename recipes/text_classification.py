@@ -7,8 +7,7 @@ Without a model and data set of yours: all-MiniLM-L6-v2 and movie reviews, both 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 from common import (
@@ -33,19 +32,14 @@ from transformers import (
 )
 
 from hf_xsam import XSAMConfig
-from hf_xsam.data.encoding import encode_texts
+from hf_xsam.data.columns import TextColumns
 from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, load_movie_reviews
-from hf_xsam.data.splits import label_names, require_columns
+from hf_xsam.data.splits import label_names
 
 
 @dataclass
-class TextArguments(RecipeArguments):
-    """Which columns hold the texts and the labels."""
-
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, if any."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label: an integer or a string."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
+class TextArguments(TextColumns, RecipeArguments):
+    """The model, the data, and the columns of the texts and their labels."""
 
 
 def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
@@ -63,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     with args.main_process_first(desc="loading data"):
         splits = load_splits(recipe, load_movie_reviews)
-    require_columns(splits["train"], text_column=recipe.text_column, text_pair_column=recipe.text_pair_column or None)
     names, number_of = label_names(splits["train"], recipe.label_column)
+    encode = recipe.text_encoder(splits["train"], number_of)
     splits = limited(without_hidden_labels(splits, recipe.label_column, number_of), recipe)
 
     model_name = recipe.model_name_or_path or minilm_folder()
@@ -77,17 +71,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         label2id={name: i for i, name in enumerate(names)},
     )
 
-    encode = partial(
-        encode_texts,
-        tokenizer=tokenizer,
-        text_column=recipe.text_column,
-        text_pair_column=recipe.text_pair_column,
-        label_column=recipe.label_column,
-        number_of=number_of,
-        max_length=recipe.max_length,
-    )
     with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
+        options = {"tokenizer": tokenizer}
+        splits = splits.map(encode, fn_kwargs=options, batched=True, remove_columns=splits["train"].column_names)
 
     trainer = make_trainer(
         recipe,

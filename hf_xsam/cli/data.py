@@ -1,9 +1,10 @@
 """What a saved model's sharpness is measured on: the data that the command's options name, as the model takes it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
@@ -18,20 +19,44 @@ from transformers import (
     default_data_collator,
 )
 
-from ..data.encoding import encode_images, encode_language, encode_texts
-from ..data.splits import FILE_KINDS, chosen, label_names, load_files, require_columns, with_validation
+from ..data.columns import ImageColumns, LanguageColumns, TextColumns
+from ..data.splits import FILE_KINDS, chosen, label_names, load_files, with_validation
 from ..step.refusals import first_line
 from .saved_model import SavedModel
-
-if TYPE_CHECKING:
-    from .sharpness import SharpnessArguments
 
 EMBEDDED = ("movie_reviews", "digits", "movie_text")
 
 
-def load_split(arguments: "SharpnessArguments") -> Dataset:
+@dataclass(kw_only=True)
+class DataArguments(TextColumns, ImageColumns, LanguageColumns):
+    """The examples to measure on, and the columns that the model's task may read.
+
+    Where the kinds of columns share an option, texts' default counts: `max_length` is 128.
+    """
+
+    dataset: str = field(
+        metadata={
+            "help": "movie_reviews, digits or movie_text, which are embedded; a csv, json, jsonl or parquet file; or a "
+            "data set on the hub."
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
+    split: str = field(
+        default="train",
+        metadata={"help": "Split of the data set, as the recipes split it; a file is 'train' as a whole."},
+    )
+    samples: int = field(default=256, metadata={"help": "Measure on so many examples, chosen once for all runs."})
+    batch_size: int = field(default=32, metadata={"help": "Examples at a time; fewer take less memory."})
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def load_split(data: DataArguments) -> Dataset:
     """Return the split of the data set that the arguments name, whole."""
-    name = arguments.dataset
+    name = data.dataset
     if name in EMBEDDED:
         splits = with_validation(embedded(name))
     elif Path(name).suffix in FILE_KINDS:
@@ -39,11 +64,11 @@ def load_split(arguments: "SharpnessArguments") -> Dataset:
             raise ValueError(f"dataset is {name!r}, and there is no such file.")
         splits = _loaded(name, lambda: load_files({"train": name}, "dataset"))
     else:
-        found = _loaded(name, lambda: load_dataset(name, arguments.dataset_config))
+        found = _loaded(name, lambda: load_dataset(name, data.dataset_config))
         splits = DatasetDict({**found, **with_validation(found)})
-    if arguments.split not in splits:
-        raise ValueError(f"split is {arguments.split!r}; {name} has {', '.join(splits)}.")
-    return splits[arguments.split]
+    if data.split not in splits:
+        raise ValueError(f"split is {data.split!r}; {name} has {', '.join(splits)}.")
+    return splits[data.split]
 
 
 def embedded(name: str) -> DatasetDict:
@@ -57,66 +82,49 @@ def embedded(name: str) -> DatasetDict:
     return movie_prompts() if name == "movie_text" else load_movie_reviews()
 
 
-def prepare(saved: SavedModel, split: Dataset, arguments: "SharpnessArguments") -> tuple[nn.Module, DataLoader]:
+def prepare(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.Module, DataLoader]:
     """Return the model, and batches of the split's examples as it takes them."""
     by_task = {
         "text-classification": prepare_texts,
         "image-classification": prepare_images,
         "text-generation": prepare_language,
     }
-    return by_task[saved.task](saved, split, arguments)
+    return by_task[saved.task](saved, split, data)
 
 
-def prepare_texts(saved: SavedModel, split: Dataset, arguments: "SharpnessArguments") -> tuple[nn.Module, DataLoader]:
+def prepare_texts(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.Module, DataLoader]:
     """Return a text classifier, and batches of texts with their classes."""
-    require_columns(split, text_column=arguments.text_column, text_pair_column=arguments.text_pair_column or None)
-    number_of = class_numbers(split, arguments.label_column, saved)
+    number_of = class_numbers(split, data.label_column, saved)
+    encode = data.text_encoder(split, number_of)
     tokenizer = load_tokenizer(saved)
-    encode = partial(
-        encode_texts,
-        tokenizer=tokenizer,
-        text_column=arguments.text_column,
-        text_pair_column=arguments.text_pair_column,
-        label_column=arguments.label_column,
-        number_of=number_of,
-        max_length=arguments.max_length,
-    )
-    sample = chosen(split, arguments.samples).map(encode, batched=True, remove_columns=split.column_names)
+    sample = tokenized(chosen(split, data.samples), encode, tokenizer)
     model = load_classifier(saved, number_of)
     # By the padding token, language models know where a text ends.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return model, DataLoader(sample, arguments.batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
+    return model, DataLoader(sample, data.batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
 
 
-def prepare_images(saved: SavedModel, split: Dataset, arguments: "SharpnessArguments") -> tuple[nn.Module, DataLoader]:
+def prepare_images(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.Module, DataLoader]:
     """Return an image classifier, and batches of images with their classes."""
-    require_columns(split, image_column=arguments.image_column)
-    number_of = class_numbers(split, arguments.label_column, saved)
-    encode = partial(
-        encode_images,
-        processor=_from_either(AutoImageProcessor, saved, "image processor"),
-        image_column=arguments.image_column,
-        label_column=arguments.label_column,
-        number_of=number_of,
-    )
-    sample = chosen(split, arguments.samples).with_transform(encode)
-    dataloader = DataLoader(sample, arguments.batch_size, collate_fn=default_data_collator)
+    number_of = class_numbers(split, data.label_column, saved)
+    encode = data.image_encoder(split, number_of)
+    processor = _from_either(AutoImageProcessor, saved, "image processor")
+    sample = chosen(split, data.samples).with_transform(partial(encode, processor=processor))
+    dataloader = DataLoader(sample, data.batch_size, collate_fn=default_data_collator)
     return load_classifier(saved, number_of), dataloader
 
 
-def prepare_language(
-    saved: SavedModel, split: Dataset, arguments: "SharpnessArguments"
-) -> tuple[nn.Module, DataLoader]:
+def prepare_language(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.Module, DataLoader]:
     """Return a causal language model, and batches of texts, or of completions of prompts."""
-    options = ("prompt_column", "completion_column") if arguments.completion_only_loss else ("text_column",)
-    columns = {option: getattr(arguments, option) for option in options}
-    require_columns(split, **columns)
+    encode = data.language_encoder(split)
     tokenizer = load_tokenizer(saved)
-    encode = partial(
-        encode_language, tokenizer=tokenizer, columns=tuple(columns.values()), max_length=arguments.max_length
-    )
-    sample = chosen(split, arguments.samples).map(encode, batched=True, remove_columns=split.column_names)
-    return saved.load(), DataLoader(sample, arguments.batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+    sample = tokenized(chosen(split, data.samples), encode, tokenizer)
+    return saved.load(), DataLoader(sample, data.batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+
+
+def tokenized(sample: Dataset, encode: Callable[..., dict[str, list]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Return the examples as `encode` turns them into tokens."""
+    return sample.map(encode, fn_kwargs={"tokenizer": tokenizer}, batched=True, remove_columns=sample.column_names)
 
 
 def class_numbers(split: Dataset, column: str, saved: SavedModel) -> dict[Any, int]:

@@ -7,8 +7,6 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 from typing import NamedTuple
 
-from transformers import HfArgumentParser
-
 
 class Command(NamedTuple):
     """A command's module, imported only when the command is named, and what it is for."""
@@ -35,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     name = parser.parse_args(words[:1]).command
+
+    from transformers import HfArgumentParser  # here, and not for the help above: the import takes a second
 
     try:
         module = import_module(COMMANDS[name].module)

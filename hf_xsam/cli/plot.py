@@ -3,10 +3,6 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..plotting.figure import draw_figure
-from ..plotting.page import page
-from ..plotting.runs import RunError, measured_table, panels, read_runs
-
 FIGURE_NAME = "runs.png"
 PAGE_NAME = "runs.html"
 
@@ -34,8 +30,11 @@ def run(arguments: PlotArguments) -> None:
         RunError: for a run that cannot be read, or runs without anything to draw.
         OSError: for a folder that cannot be written into.
     """
+    # Here, and not for the options' help: matplotlib and torch take seconds.
+    from ..plotting import RunError, build_panels, draw_figure, read_runs, render_page
+
     runs = read_runs(arguments.runs)
-    drawn = panels(runs)
+    drawn = build_panels(runs)
     if not drawn:
         names = ", ".join(arguments.runs)
         raise RunError(
@@ -44,7 +43,7 @@ def run(arguments: PlotArguments) -> None:
         )
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    draw_figure(runs, drawn, measured_table(runs), folder / FIGURE_NAME)
-    (folder / PAGE_NAME).write_text(page(runs, drawn), encoding="utf-8")
+    draw_figure(runs, drawn, folder / FIGURE_NAME)
+    (folder / PAGE_NAME).write_text(render_page(runs, drawn), encoding="utf-8")
     for name in (FIGURE_NAME, PAGE_NAME):
         print(folder / name)

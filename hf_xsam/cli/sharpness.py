@@ -1,6 +1,6 @@
 """Measure how sharp the minimum of a saved model is, print a table, and write it all to sharpness.json."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,53 +10,15 @@ from rich.table import Table
 from ..sharpness import MeasureSettings, Sharpness, measure
 from ..sharpness.measuring import FILE_NAME
 from ..step.refusals import first_line
-from .data import load_split, prepare
+from .data import DataArguments, load_split, prepare
 from .saved_model import SavedModel
-
-DATA_OPTIONS = (
-    "dataset",
-    "dataset_config",
-    "split",
-    "text_column",
-    "text_pair_column",
-    "image_column",
-    "label_column",
-    "completion_only_loss",
-    "prompt_column",
-    "completion_column",
-    "max_length",
-    "batch_size",
-)
 
 
 @dataclass
 class SharpnessArguments:
-    """The model, the data, and where to measure and write."""
+    """The model, where to measure it, and where to write."""
 
     model: str = field(metadata={"help": "Folder or hub name of a model, or of a PEFT adapter."})
-    dataset: str = field(
-        metadata={
-            "help": "movie_reviews, digits or movie_text, which are embedded; a csv, json, jsonl or parquet file; or a "
-            "data set on the hub."
-        }
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
-    split: str = field(
-        default="train",
-        metadata={"help": "Split of the data set, as the recipes split it; a file is 'train' as a whole."},
-    )
-    samples: int = field(default=256, metadata={"help": "Measure on so many examples, chosen once for all runs."})
-    batch_size: int = field(default=32, metadata={"help": "Examples at a time; fewer take less memory."})
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, if any."})
-    image_column: str = field(default="image", metadata={"help": "Column of the image."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label."})
-    completion_only_loss: bool = field(
-        default=False, metadata={"help": "For a language model, the loss of completions, given prompts, not of texts."}
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt."})
-    completion_column: str = field(default="completion", metadata={"help": "Column of the completion."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
     device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if any."})
     progress: bool = field(default=True, metadata={"help": "Show a progress bar."})
     output_file: str | None = field(
@@ -64,16 +26,11 @@ class SharpnessArguments:
         metadata={"help": f"Where to write; by default {FILE_NAME} in the model's folder, for a hub model made here."},
     )
 
-    def __post_init__(self) -> None:
-        for name in ("samples", "batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+ARGUMENTS = (SharpnessArguments, DataArguments, MeasureSettings)
 
 
-ARGUMENTS = (SharpnessArguments, MeasureSettings)
-
-
-def run(arguments: SharpnessArguments, settings: MeasureSettings) -> None:
+def run(arguments: SharpnessArguments, data: DataArguments, settings: MeasureSettings) -> None:
     """Measure, print, and write.
 
     Raises:
@@ -86,12 +43,11 @@ def run(arguments: SharpnessArguments, settings: MeasureSettings) -> None:
     device = find_device(arguments.device)
     saved = SavedModel.find(arguments.model)
     torch.manual_seed(settings.seed)
-    split = load_split(arguments)
-    model, dataloader = prepare(saved, split, arguments)
+    split = load_split(data)
+    model, dataloader = prepare(saved, split, data)
     sharpness = measure(model.to(device), dataloader, settings, progress=arguments.progress)
     sharpness.model = arguments.model
-    data = {name: getattr(arguments, name) for name in DATA_OPTIONS}
-    sharpness.settings = {**data, "samples": min(arguments.samples, len(split)), **sharpness.settings}
+    sharpness.settings = {**asdict(data), "samples": min(data.samples, len(split)), **sharpness.settings}
     print_table(sharpness)  # first: the figures are there though they cannot be written
     print(f"Written to {sharpness.save(path)}")
 

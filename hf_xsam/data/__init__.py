@@ -1,4 +1,6 @@
 """Data for the recipes and the command line: embedded data sets, splits, and the encoding of examples.
 
-Needs `pip install 'hf_xsam[tools]'`.
+Its modules need `pip install 'hf_xsam[tools]'`.
 """
+
+IGNORED = -100  # the label of tokens that transformers' losses leave out

@@ -6,7 +6,7 @@ from typing import Any
 from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..sharpness.landscape import IGNORED
+from . import IGNORED
 
 
 def encode_texts(

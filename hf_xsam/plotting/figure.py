@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from .runs import ESTIMATED, STEP, Panel, Run, Table
+from .panels import ESTIMATED, STEP, Panel, Table, measured_table
+from .runs import Run
 
 # Colours for all kinds of colour vision (after Okabe and Ito, darker: 4.5:1 on white). Dashes and markers differ too;
 # their numbers have no common factor, so that combinations repeat late.
@@ -44,8 +45,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw_figure(runs: Sequence[Run], drawn: Sequence[Panel], table: Table | None, path: Path) -> None:
-    """Draw the runs' names, all panels, and the table below them, into one PNG."""
+def draw_figure(runs: Sequence[Run], drawn: Sequence[Panel], path: Path) -> None:
+    """Draw the runs' names, all panels, and below them a table of what was measured, into one PNG."""
+    table = measured_table(runs)
     names = [run.name for run in runs]
     columns = min(3, len(drawn))
     rows = math.ceil(len(drawn) / columns)

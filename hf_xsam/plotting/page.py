@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .figure import COLOURS, GRID, INK, draw_panel, line_style, style
-from .runs import STEP, Curve, Panel, Run, differing_settings, last_values, measured_table, number
+from .panels import STEP, Curve, Panel, differing_settings, last_values, measured_table, number
+from .runs import Run
 
 ROWS = 100  # maximum rows of each curve in a chart's table
 
@@ -42,10 +44,8 @@ class Chart:
     summary: str
 
 
-def page(runs: Sequence[Run], drawn: Sequence[Panel]) -> str:
+def render_page(runs: Sequence[Run], drawn: Sequence[Panel]) -> str:
     """Return the page, as HTML."""
-    from .. import __version__
-
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,7 +57,7 @@ def page(runs: Sequence[Run], drawn: Sequence[Panel]) -> str:
     looks = list(dict.fromkeys([*((i, "") for i in range(len(runs))), *kinds]))
     charts = [draw_chart(f"chart{i}", panel, runs) for i, panel in enumerate(drawn)]
     return environment.get_template("page.html").render(
-        version=__version__,
+        version=version("hf_xsam"),
         number=number,
         row_limit=ROWS,
         runs=runs,

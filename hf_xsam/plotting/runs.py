@@ -1,21 +1,13 @@
-"""Read training runs from disk, and make the panels of curves and the tables that are drawn."""
+"""Training runs as they lie on disk."""
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..saving.checkpoint import TRAINER_STATE_NAME, checkpoints_in
 from ..sharpness.measuring import FILE_NAME
-from ..step.logs import NOT_RESULTS
-
-MEASURED = "measured"
-ESTIMATED = "X-SAM's estimate"
-STEP = "optimizer step"
-DISTANCE = "distance from the final weights"
-MINUS = "\N{MINUS SIGN}"
 
 
 class RunError(ValueError):
@@ -27,12 +19,12 @@ class Measured:
     """The contents of a `sharpness.json`.
 
     Attributes:
-        figures: text by name.
+        figures: numbers by name, each with its standard error where it has one.
         slices: loss by distance, by direction.
         settings: text by name.
     """
 
-    figures: dict[str, str]
+    figures: dict[str, list[float]]
     slices: dict[str, dict[float, float]]
     settings: dict[str, str]
 
@@ -55,38 +47,6 @@ class Run:
     def steps(self) -> int:
         """Return the last logged step."""
         return int(max((line["step"] for line in self.history), default=0))
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a panel: the run's number, y by x, and the kind of its values if the panel has two."""
-
-    run: int
-    points: dict[float, float]
-    kind: str = ""
-
-    @property
-    def last(self) -> float:
-        """Return the value at the largest x."""
-        return self.points[max(self.points)]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """Curves in the same axes; with `log`, the y-axis is logarithmic."""
-
-    title: str
-    x_label: str
-    curves: list[Curve]
-    log: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows with a name and a cell for each run; the cell is empty if the run has no value."""
-
-    title: str
-    rows: dict[str, list[str]]
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -165,97 +125,22 @@ def read_sharpness(path: Path) -> Measured:
         raise RunError(f"{path} was not written by hf-xsam sharpness ({error!r}); {remedy}") from error
 
 
-def panels(runs: Sequence[Run]) -> list[Panel]:
-    """Return the panels for which some run has data: first those over steps, then the slices of the final loss."""
-    results = {name: None for run in runs for line in run.history for name in line if name.startswith("eval_")}
-    metrics = [name for name in results if not name.endswith(NOT_RESULTS)]
-    metrics.sort(key=lambda name: not name.endswith("loss"))  # losses first; the rest as logged
-    over_steps = [("Training loss", {"loss": ""})]
-    over_steps += [(f"Evaluation {name.removeprefix('eval_').replace('_', ' ')}", {name: ""}) for name in metrics]
-    over_steps += [
-        ("Top eigenvalue of the Hessian", {"sharpness/top_eigenvalue": MEASURED, "xsam/eigenvalue": ESTIMATED}),
-        ("Angle, gradient to eigenvector (°)", {"xsam/angle_degrees": ""}),
-        (f"Sharpness: perturbed loss {MINUS} loss", {"xsam/sharpness": ""}),
-        ("Measured angle, gradient to eigenvector (°)", {"sharpness/gradient_angle_degrees": ""}),
-        ("Measured SAM sharpness", {"sharpness/sam_sharpness": ""}),
-        ("Measured trace of the Hessian", {"sharpness/trace": ""}),
-    ]
-    found = []
-    for title, names in over_steps:
-        curves = [
-            Curve(number, points, kind)
-            for number, run in enumerate(runs)
-            for name, kind in names.items()
-            if (points := {line["step"]: line[name] for line in run.history if is_number(line.get(name))})
-        ]
-        found.append(Panel(title, STEP, curves, log="xsam/eigenvalue" in names and spans_decade(curves)))
-    for direction, title in (
-        ("eigenvector", "Loss along the top eigenvector"),
-        ("gradient", "Loss along the gradient"),
-    ):
-        curves = [
-            Curve(number, run.sharpness.slices[direction])
-            for number, run in enumerate(runs)
-            if run.sharpness and run.sharpness.slices.get(direction)
-        ]
-        found.append(Panel(title, DISTANCE, curves))
-    return [panel for panel in found if panel.curves]
-
-
-def spans_decade(curves: Iterable[Curve]) -> bool:
-    """Return whether a logarithmic axis fits: all values are above 0, and the highest is over 10 times the lowest."""
-    values = [y for curve in curves for y in curve.points.values() if math.isfinite(y)]
-    return bool(values) and 0 < 10 * min(values) < max(values)
-
-
-def last_values(drawn: Sequence[Panel], count: int) -> Table:
-    """Return the last value of each curve over steps, for `count` runs."""
-    rows: dict[str, list[str]] = {}
-    for panel in drawn:
-        for curve in panel.curves if panel.x_label == STEP else []:
-            name = f"{panel.title}, {curve.kind}" if curve.kind else panel.title
-            rows.setdefault(name, [""] * count)[curve.run] = number(curve.last)
-    return Table("Last logged values", rows)
-
-
-def measured_table(runs: Sequence[Run]) -> Table | None:
-    """Return the measurements of the trained models; None if there are none."""
-    figures = [run.sharpness.figures if run.sharpness else {} for run in runs]
-    names = dict.fromkeys(name for column in figures for name in column)
-    rows = {name: [column.get(name, "") for column in figures] for name in names}
-    return Table("Measured after training", rows) if rows else None
-
-
-def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings that differ between the measurements of the runs, by name, with each run's value."""
-    settings = [run.sharpness.settings for run in runs if run.sharpness]
-    names = dict.fromkeys(name for each in settings for name in each)
-    values = {name: [each.get(name, "not given") for each in settings] for name in names}
-    return {name: each for name, each in values.items() if len(set(each)) > 1}
-
-
-def sharpness_figures(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the figures of a `sharpness.json` as text, by name; only the loss and the eigenvalues are required."""
-    eigenvalues, angles = content["eigenvalues"], content.get("gradient_angles_degrees", [])
-    figures = {"Loss": content["loss"], "Gradient norm": content.get("gradient_norm")}
-    figures |= {f"Eigenvalue {i}": value for i, value in enumerate(eigenvalues, 1)}
-    figures |= {f"Angle, gradient to eigenvector {i} (°)": angle for i, angle in enumerate(angles, 1)}
-    texts = {name: number(value) for name, value in figures.items() if value is not None}
+def sharpness_figures(content: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return the figures of a `sharpness.json` as in `Measured`; only loss and eigenvalues have to be there."""
+    found: dict[str, list[Any]] = {"Loss": [content["loss"]], "Gradient norm": [content.get("gradient_norm")]}
+    found |= {f"Eigenvalue {i}": [value] for i, value in enumerate(content["eigenvalues"], 1)}
+    angles = content.get("gradient_angles_degrees", [])
+    found |= {f"Angle, gradient to eigenvector {i} (°)": [angle] for i, angle in enumerate(angles, 1)}
     if trace := content.get("trace"):
-        error = trace.get("standard_error")
-        texts["Trace, ± standard error"] = number(trace["mean"]) + ("" if error is None else f" ± {number(error)}")
-    sharpness = content.get("sam_sharpness", {})
-    return texts | {f"SAM sharpness, rho {rho}": number(value) for rho, value in sharpness.items()}
+        found["Trace, ± standard error"] = [trace["mean"], trace.get("standard_error")]
+    found |= {f"SAM sharpness, rho {rho}": [value] for rho, value in content.get("sam_sharpness", {}).items()}
+    numbers = {name: [float(value) for value in values if value is not None] for name, values in found.items()}
+    return {name: values for name, values in numbers.items() if values}
 
 
 def is_number(value: Any) -> bool:
     """Return whether `value` is an int or a float; `compute_metrics` may return anything."""
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def number(value: float) -> str:
-    """Return the number with four significant digits."""
-    return f"{value:#.4g}".removesuffix(".").replace("-", MINUS)
 
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,13 +137,11 @@ def xsam_section(
     repo: str,
 ) -> str:
     """Return X-SAM's part of the card, as Markdown."""
-    from .. import __version__  # the package imports this module
-
     repeat = f"from hf_xsam import XSAMConfig\n\nxsam_config = XSAMConfig.from_pretrained({json.dumps(repo)})"
     method = "X-SAM" if config.alpha > 0 else "SAM (X-SAM with alpha 0, that is without its correction)"
     parts = [
         "## Sharpness-aware training",
-        f"This model was trained with {method}, using hf_xsam {__version__}. X-SAM "
+        f"This model was trained with {method}, using hf_xsam {version('hf_xsam')}. X-SAM "
         "([arXiv 2601.10251](https://arxiv.org/abs/2601.10251)) is sharpness-aware minimization "
         "([arXiv 2010.01412](https://arxiv.org/abs/2010.01412)) that corrects its gradient along the Hessian's top "
         "eigenvector.",

@@ -14,14 +14,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..data import IGNORED
 from ..functional.perturbation import ascent_perturbation, perturbed
 from ..functional.tensors import dot, norm, scale
 from ..step.curvature import Curvature
 from ..step.logs import alignment
 from ..step.loss import mean_loss
 from ..step.precision import loss_scale
-
-IGNORED = -100  # the label of tokens that transformers' losses leave out
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 

@@ -119,7 +119,8 @@ def measure(
             must bring the same data.
 
     Raises:
-        ValueError: for a scope without parameters, no data, batches without labels, and parameters sharded by FSDP.
+        ValueError: for settings that do not fit the model, no data, batches without labels, and parameters sharded by
+            FSDP.
         ImportError: without scipy.
         ArithmeticError: where the loss or a derivative is not finite, or the eigenpairs are not found.
         RuntimeError: where hvp is "exact" and the model has no second derivative.
@@ -148,8 +149,8 @@ def measure(
             curvature = landscape.curvature(settings.hvp)
             with curvature.hessian() as product:
                 bar.set_description_str("eigenvalues")
-                # The gradient has much of its length along the top eigenvectors. The random part is there lest it be
-                # orthogonal to one.
+                # The gradient has much of its length along the top eigenvectors. The random part is there in case it
+                # is orthogonal to one.
                 start = add_scaled(random_unit_vector(parameters, settings.seed), reciprocal_or_zero(length), gradient)
                 values, vectors = top_eigenpairs(product, start, settings.top_k, settings.tolerance)
                 bar.set_description_str("trace")

@@ -225,6 +225,24 @@ def test_help(capsys):
     assert "required: COMMAND" in refused(capsys)
 
 
+@pytest.mark.parametrize(
+    ("words", "slow"), [(["--help"], {"torch", "transformers"}), (["plot", "--help"], {"torch", "matplotlib"})]
+)
+def test_help_waits_for_no_import(words, slow):
+    code = f"""
+import sys
+from hf_xsam.cli.main import main
+try:
+    main({words})
+finally:
+    print(sorted({slow} & sys.modules.keys()))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+    assert said.startswith("usage: hf-xsam")
+    assert said.endswith("\n[]\n")
+
+
 def test_a_mistake_is_a_sentence_and_no_traceback(tmp_path):
     result = run("sharpness", tmp_path / "nowhere", "--dataset", "digits")
     assert result.returncode == 2

@@ -11,7 +11,7 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from hf_xsam.cli.main import main
-from hf_xsam.plotting.runs import number
+from hf_xsam.plotting.panels import number
 from tests.runs_on_disk import trained_runs
 
 FLAGS = (

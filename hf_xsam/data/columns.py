@@ -1,0 +1,91 @@
+"""The columns of a data set, as options of the recipes and of `hf-xsam sharpness`.
+
+There is a class for each kind of data. Its method returns the function that encodes the columns named.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from datasets import Dataset
+
+from .encoding import encode_images, encode_language, encode_texts
+from .splits import require_columns
+
+
+@dataclass
+class TextColumns:
+    """The columns of texts, or of pairs of them, and of their classes."""
+
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, if any."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label: an integer or a string."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
+
+    def text_encoder(self, split: Dataset, number_of: Mapping[Any, int]) -> Callable[..., dict[str, list]]:
+        """Return what turns a batch of texts, with `tokenizer` given by name, into tokens and numbers of classes.
+
+        Args:
+            split: data whose columns are to be read.
+            number_of: the number of the class that each value of the label column is.
+
+        Raises:
+            ValueError: where the split lacks a column.
+        """
+        require_columns(split, text_column=self.text_column, text_pair_column=self.text_pair_column or None)
+        return partial(
+            encode_texts,
+            text_column=self.text_column,
+            text_pair_column=self.text_pair_column,
+            label_column=self.label_column,
+            number_of=number_of,
+            max_length=self.max_length,
+        )
+
+
+@dataclass
+class ImageColumns:
+    """The columns of images and of their classes."""
+
+    image_column: str = field(default="image", metadata={"help": "Column of the image."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label: an integer or a string."})
+
+    def image_encoder(self, split: Dataset, number_of: Mapping[Any, int]) -> Callable[..., dict[str, Any]]:
+        """Return what turns a batch of images, with `processor` given by name, into pixels and numbers of classes.
+
+        Args:
+            split: data whose columns are to be read.
+            number_of: the number of the class that each value of the label column is.
+
+        Raises:
+            ValueError: where the split lacks a column.
+        """
+        require_columns(split, image_column=self.image_column)
+        return partial(
+            encode_images, image_column=self.image_column, label_column=self.label_column, number_of=number_of
+        )
+
+
+@dataclass
+class LanguageColumns:
+    """The columns of texts, or of prompts and completions, for a causal language model."""
+
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    completion_only_loss: bool = field(
+        default=False, metadata={"help": "Compute the loss of completions, given their prompts, instead of texts."}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt."})
+    completion_column: str = field(default="completion", metadata={"help": "Column of the completion."})
+    max_length: int = field(default=512, metadata={"help": "Longer texts are cut to so many tokens."})
+
+    def language_encoder(self, split: Dataset) -> Callable[..., dict[str, list]]:
+        """Return what turns a batch of texts, with `tokenizer` given by name, into tokens and labels.
+
+        Raises:
+            ValueError: where the split lacks a column.
+        """
+        options = ("prompt_column", "completion_column") if self.completion_only_loss else ("text_column",)
+        columns = {option: getattr(self, option) for option in options}
+        require_columns(split, **columns)
+        return partial(encode_language, columns=tuple(columns.values()), max_length=self.max_length)
