@@ -150,8 +150,9 @@ def test_a_run_that_stops_early_is_measured_where_it_stops(tmp_path):
 
 
 def test_unused_columns_and_a_dataset_of_its_own(tmp_path):
+    datasets = pytest.importorskip("datasets")
     rows = {"input_ids": [row["input_ids"].tolist() for row in sentences(3)], "labels": [0, 1] * 12}
-    data = Dataset.from_dict(rows | {"review": ["text"] * 24})
+    data = datasets.Dataset.from_dict(rows | {"review": ["text"] * 24})
     callback = {"dataset": data, "samples": 6}
     trainer = train(tmp_path, callback=callback, dataset=data, remove_unused_columns=True, max_steps=1)
     assert len(measured(trainer)) == 1
