@@ -178,7 +178,6 @@ class TestFirstVector:
         assert all((part != 0).all() for part in vector)
 
 
-@pytest.mark.slow
 def test_the_first_refreshes_find_the_eigenvector_and_later_ones_follow_it(tmp_path):
     """With one power iteration a refresh, on all examples; an epoch is a step."""
     config = XSAMConfig(rho=0.01, alpha=1e-9, eigen_interval=1, eigen_batch_fraction=1.0, hvp="exact")

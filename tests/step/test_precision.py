@@ -152,7 +152,7 @@ class TestHalfPrecisionWeights:
 
 
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
-@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "aot_eager"])
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
 def test_a_compiled_model_gives_the_same(tmp_path, backend, hvp):
     batch = points()
     config = XSAMConfig(rho=0.1, alpha=0.5, eigen_interval=2, hvp=hvp)
