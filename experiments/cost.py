@@ -1,13 +1,12 @@
 """What an optimizer step costs in the stock Trainer, SAM and X-SAM: the budget of the equal-cost comparison.
 
 Seconds on a shared machine vary with what else runs on it. So the ratios are measured once, in turns and in CPU time,
-kept in a file, and decide how many epochs the "_long" modes train.
+kept with the results, and decide how many epochs the "_long" modes train.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -76,13 +75,10 @@ class CostJob:
 
     task: str
     mode: str = "cost of a step"
+    key: str = "cost"  # what its record is found by among the task's
 
     def __str__(self) -> str:
         return f"{self.task}, {self.mode}"
-
-    def path(self, results: Path) -> Path:
-        """Return the result file's place."""
-        return results / self.task / "cost.json"
 
     def jobs(self) -> dict[str, Job]:
         """Return a run of each mode that is measured."""

@@ -1,18 +1,14 @@
-"""Which runs there are, in which order, with which settings; and the files that hold their results."""
+"""Which runs there are, in which order, with which settings."""
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Any
 
 from cost import CostJob, long_epochs
+from records import file_of, load
 from tasks import TASKS, Task
 from training import ALL_MODES, LONG, MODES, Job
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def default_modes(task: Task) -> list[str]:
@@ -53,10 +49,11 @@ def chosen_settings(jobs: Sequence[Job], results: Path, task: Task) -> tuple[flo
         None while results are missing.
     """
     scores: dict[tuple[float, float | None], list[tuple[float, float]]] = {}
+    records = load(jobs[0].task, results)
     for job in jobs:
-        if not job.path(results).is_file():
+        if job.key not in records:
             return None
-        validation = read(job.path(results))["metrics"]["validation"]
+        validation = records[job.key]["metrics"]["validation"]
         value, loss = (math.nan if x is None else x for x in (validation[task.metric], validation["loss"]))
         score = (value if task.greater_is_better else -value, -loss)
         # A run that diverged counts as the worst.
@@ -82,15 +79,15 @@ def reporting_jobs(
     """
     task = TASKS[name]
     epochs = task.arguments["num_train_epochs"] if epochs is None else epochs
-    cost_file = CostJob(name).path(results)
+    cost = load(name, results).get(CostJob(name).key)
     found: dict[str, tuple[float, float | None, float]] = {}
     for mode in modes:
         base = mode.removesuffix(LONG)
         point: tuple[float, float | None] | None = (task.learning_rate, None if base == "stock" else task.rho)
         if part == "tuned":
             point = chosen_settings(tuning_jobs(name, [base], epochs), results, task)
-        if point is not None and (mode == base or cost_file.is_file()):
-            length = epochs if mode == base else long_epochs(epochs, mode, read(cost_file))
+        if point is not None and (mode == base or cost):
+            length = epochs if mode == base else long_epochs(epochs, mode, cost)
             found[mode] = (*point, length)
     jobs = [Job(name, part, mode, seed, *found[mode]) for seed in seeds for mode in modes if mode in found]
     return jobs, [mode for mode in modes if mode not in found]
@@ -100,42 +97,16 @@ def is_done(job: Job | CostJob, results: Path) -> bool:
     """Return whether there is a result of the job.
 
     Raises:
-        ValueError: for a result of the same name under other settings.
+        ValueError: for a result of the same run under other settings.
     """
-    path = job.path(results)
-    if not path.is_file():
+    record = load(job.task, results).get(job.key)
+    if record is None:
         return False
-    settings, found = json.loads(json.dumps(job.settings())), read(path)["settings"]
+    settings, found = json.loads(json.dumps(job.settings())), record["settings"]
     if settings != found:
         changed = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
         raise ValueError(
-            f"{path} was run with other settings ({', '.join(changed)}). Delete it to run it again, with all that it "
-            "is compared with, or name another folder with --results."
+            f"{file_of(job.task, results)} has {job.key} with other settings ({', '.join(changed)}). Delete that line "
+            "to run it again, with all that it is compared with, or name another folder with --results."
         )
     return True
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Read a result."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a result so that a reader finds all of it or nothing; numbers that are not finite become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
-    with NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    try:
-        os.replace(file.name, path)
-    except OSError:
-        os.unlink(file.name)
-        raise
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

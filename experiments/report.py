@@ -17,7 +17,7 @@ import matplotlib
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from pages import filled
-from protocol import RESULTS, read
+from records import RESULTS, load
 from scipy import stats
 from tasks import TASKS
 from training import ALL_MODES
@@ -80,13 +80,13 @@ def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
     return average, math.sqrt(sum((value - average) ** 2 for value in values) / (len(values) - 1))
 
 
-def load(results: Path, task: str, part: str) -> Runs:
-    """Return the records by mode, in the modes' order, and seed."""
-    found = {}
+def runs_of(records: Mapping[str, dict[str, Any]], part: str) -> Runs:
+    """Return a task's records of "tuned" or "fixed" settings by mode, in the modes' order, and seed."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for mode in ALL_MODES:
-        records = [read(path) for path in (results / task / part / mode).glob("*.json")]
-        if records:
-            found[mode] = {record["seed"]: record for record in records}
+        for key, record in records.items():
+            if key.startswith(f"{part}/{mode}/"):
+                found.setdefault(mode, {})[record["seed"]] = record
     return found
 
 
@@ -259,9 +259,8 @@ def cost_rows(results: Path) -> list[list[str]]:
     """Return what a step costs in each mode, by task."""
     rows = []
     for task in TASKS:
-        path = results / task / "cost.json"
-        if path.is_file():
-            record = read(path)
+        record = load(task, results).get("cost")
+        if record:
             for mode, seconds in record["cpu_seconds_per_step"].items():
                 relative, passes = (
                     record[name][mode] for name in ("relative_cpu_seconds", "forward_backward_per_step")
@@ -292,7 +291,8 @@ def draw(found: Mapping[tuple[str, str], Runs], path: Path) -> None:
 
 def load_all(results: Path) -> dict[tuple[str, str], Runs]:
     """Return the records of every task and settings that have any."""
-    return {(task, part): runs for task in TASKS for part in PARTS if (runs := load(results, task, part))}
+    records = {task: load(task, results) for task in TASKS}
+    return {(task, part): runs for task in TASKS for part in PARTS if (runs := runs_of(records[task], part))}
 
 
 def report(found: Mapping[tuple[str, str], Runs], results: Path) -> str:

@@ -1,4 +1,4 @@
-"""Run the experiments, or what is missing of them: one process a core, one result file a run.
+"""Run the experiments, or what is missing of them: one process a core.
 
     python experiments/run.py --tasks digits_cnn --seeds 0 1 2 3 4
 
@@ -27,7 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from cost import CostJob
-from protocol import RESULTS, default_modes, is_done, read, reporting_jobs, tuning_jobs, write
+from protocol import default_modes, is_done, reporting_jobs, tuning_jobs
+from records import RESULTS, load, save
 from tasks import TASKS
 from training import ALL_MODES, LONG, Job
 
@@ -36,7 +37,7 @@ AnyJob = Job | CostJob
 
 def error_path(job: AnyJob, results: Path) -> Path:
     """Return where the traceback of a job that failed is kept until it succeeds."""
-    return job.path(results).with_suffix(".error.txt")
+    return results / f"{job.task}.{job.key.replace('/', '.')}.error.txt"
 
 
 def work(job: AnyJob, results: Path) -> None:
@@ -50,7 +51,7 @@ def work(job: AnyJob, results: Path) -> None:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
-            write(job.path(results), job.run())
+            save(job.run(), job.key, job.task, results)
     except Exception:
         failure.parent.mkdir(parents=True, exist_ok=True)
         failure.write_text(traceback.format_exc(), encoding="utf-8")
@@ -106,7 +107,7 @@ class Progress:
 def run_all(jobs: Sequence[AnyJob], results: Path, workers: int) -> list[AnyJob]:
     """Run the jobs in their order, `workers` at a time; return those that failed.
 
-    A job that fails, or whose process dies, has a traceback in its `.error.txt`; the others go on.
+    A job that fails, or whose process dies, has a traceback in its `.error.txt`. The others go on.
 
     Raises:
         KeyboardInterrupt: for Ctrl-C, once the workers have ended.
@@ -129,7 +130,7 @@ def run_all(jobs: Sequence[AnyJob], results: Path, workers: int) -> list[AnyJob]
             for sentinel in wait(list(running), timeout=0.2):
                 process, job, began = running.pop(sentinel)
                 process.join()
-                if not job.path(results).is_file():
+                if job.key not in load(job.task, results):
                     failed.append(job)
                 left = [*waiting, *(job for _, job, _ in running.values())]
                 progress.ended(job, time.monotonic() - began, outcome(process, job, results), left)
@@ -144,8 +145,9 @@ def run_all(jobs: Sequence[AnyJob], results: Path, workers: int) -> list[AnyJob]
 
 def outcome(process: BaseProcess, job: AnyJob, results: Path) -> str:
     """Return in a few words how a job ended; leave a note where its process could not."""
-    if job.path(results).is_file():
-        metrics = read(job.path(results)).get("metrics", {})
+    record = load(job.task, results).get(job.key)
+    if record:
+        metrics = record.get("metrics", {})
         measured = metrics.get("test") or metrics.get("validation") or {}
         return " ".join(f"{name} {value:.4g}" for name, value in measured.items() if value is not None) or "done"
     failure = error_path(job, results)

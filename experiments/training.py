@@ -1,4 +1,4 @@
-"""One run: train a task in a mode, then measure the model. The record that it returns is what a result file holds."""
+"""One run: train a task in a mode, then measure the model, and return the record that is kept of it."""
 
 import math
 import platform
@@ -37,7 +37,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "scikit-l
 
 @dataclass(frozen=True)
 class Job:
-    """One run: where its result belongs, and the settings that are its own.
+    """One run, and the settings that are its own.
 
     Attributes:
         task: a key of `TASKS`.
@@ -60,11 +60,12 @@ class Job:
         grid = f", learning rate {self.learning_rate:g}" + ("" if self.rho is None else f", rho {self.rho:g}")
         return f"{self.task}, {self.part}, {self.mode}, seed {self.seed}" + grid * (self.part == "tuning")
 
-    def path(self, results: Path) -> Path:
-        """Return the result file's place."""
+    @property
+    def key(self) -> str:
+        """Return what the run's record is found by among its task's."""
         rho = "" if self.rho is None else f"_rho{self.rho:g}"
         name = f"lr{self.learning_rate:g}{rho}_seed{self.seed}" if self.part == "tuning" else str(self.seed)
-        return results / self.task / self.part / self.mode / f"{name}.json"
+        return f"{self.part}/{self.mode}/{name}"
 
     def xsam_config(self) -> XSAMConfig | None:
         """Return X-SAM's settings; the eigenvector's are the library's defaults."""
@@ -74,11 +75,14 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Return all that decides the run's outcome besides its seed, as JSON gives it back."""
         config = self.xsam_config()
+        xsam = None if config is None else config.to_dict()
+        if xsam:
+            xsam.pop("log_metrics", None)  # decides what is logged alone
         return {
             "learning_rate": self.learning_rate,
             "epochs": self.epochs,
             "arguments": dict(TASKS[self.task].arguments),
-            "xsam": None if config is None else config.to_dict(),
+            "xsam": xsam,
         }
 
     def run(self) -> dict[str, Any]:

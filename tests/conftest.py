@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -12,6 +13,11 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_collection_finish():
+    # Each training ends in gc.collect, which takes longer than a tiny training if it looks at all that was imported.
+    gc.freeze()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,7 +20,8 @@ import run
 import tasks
 import training
 from cost import CostJob, long_epochs, operations
-from protocol import chosen_settings, is_done, read, reporting_jobs, tuning_jobs, write
+from protocol import chosen_settings, is_done, reporting_jobs, tuning_jobs
+from records import RESULTS, file_of, load, save
 from scipy import stats
 from training import ALL_MODES, MODES, Job
 
@@ -33,8 +35,15 @@ def start(*options):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def results_in(folder):
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.json") if path.is_file()}
+def keep(job, record, results):
+    save(record, job.key, job.task, results)
+
+
+def remove(job, results):
+    lines = file_of(job.task, results).read_text().splitlines(keepends=True)
+    left = [line for line in lines if json.loads(line)["run"] != job.key]
+    assert len(left) == len(lines) - 1
+    file_of(job.task, results).write_text("".join(left))
 
 
 def wait_until(condition, process):
@@ -54,7 +63,7 @@ class TestJobs:
         jobs = tuning_jobs(name, ALL_MODES)
         assert set(Counter(job.mode for job in jobs).values()) == {6 * len(tasks.TASKS[name].tuning_seeds)}
         assert {job.mode for job in jobs} == set(MODES)
-        assert len({job.path(Path()) for job in jobs}) == len(jobs)
+        assert len({job.key for job in jobs}) == len(jobs)
 
     def test_a_seed_is_finished_before_the_next(self, tmp_path):
         jobs, waiting = reporting_jobs("digits_cnn", "fixed", ["stock", "sam", "paper"], [3, 1], tmp_path)
@@ -69,13 +78,14 @@ class TestJobs:
         assert [job.mode for job in jobs] == ["sam"]
         assert waiting == ["stock_long", "sam_long"]
         cost = {"relative_cpu_seconds": {"stock": 1.0, "sam": 2.0, "paper": 4.5}}
-        write(CostJob("digits_cnn").path(tmp_path), cost)
+        keep(CostJob("digits_cnn"), cost, tmp_path)
         jobs, waiting = reporting_jobs("digits_cnn", "fixed", modes, [0], tmp_path)
         assert {job.mode: job.epochs for job in jobs} == {"sam": 40, "stock_long": 180, "sam_long": 90}
         assert long_epochs(1, "sam_long", cost) == 2.25
 
     def test_the_corrections_keep_the_library_s_eigenvector_and_differ_from_sam_alone(self):
         default = training.XSAMConfig().to_dict()
+        default.pop("log_metrics", None)  # changes no outcome
         for mode, fields in MODES.items():
             if fields is not None:
                 xsam = Job("digits_cnn", "fixed", mode, 0, 0.05, 0.1, 40).settings()["xsam"]
@@ -90,7 +100,7 @@ class TestJobs:
 class TestChoice:
     def finish(self, results, job, value, loss):
         record = {"settings": job.settings(), "metrics": {"validation": {"accuracy": value, "loss": loss}}}
-        write(job.path(results), record)
+        keep(job, record, results)
 
     def test_best_mean_then_loss(self, tmp_path):
         jobs = tuning_jobs("digits_cnn", ["sam"])
@@ -108,7 +118,7 @@ class TestChoice:
         self.finish(tmp_path, same[1], 0.7, 1.1)
         self.finish(tmp_path, jobs[0], math.nan, math.nan)
         assert chosen_settings(jobs, tmp_path, DIGITS) == (0.05, 0.1)
-        best[1].path(tmp_path).unlink()
+        remove(best[1], tmp_path)
         assert chosen_settings(jobs, tmp_path, DIGITS) is None
         assert reporting_jobs("digits_cnn", "tuned", ["sam"], [0], tmp_path) == ([], ["sam"])
 
@@ -117,30 +127,64 @@ class TestChoice:
         jobs = tuning_jobs("movie_text_lora", ["stock"])
         for job in jobs:
             value = {5e-4: 50.0, 4e-3: None}.get(job.learning_rate, 60.0)
-            write(job.path(tmp_path), {"metrics": {"validation": {"perplexity": value, "loss": 1.0}}})
+            keep(job, {"metrics": {"validation": {"perplexity": value, "loss": 1.0}}}, tmp_path)
         assert chosen_settings(jobs, tmp_path, task) == (5e-4, None)
 
 
-class TestFiles:
+class TestRecords:
     job = Job("digits_cnn", "fixed", "sam", 0, 0.05, 0.05, 40)
 
     def test_a_result_under_other_settings_is_refused(self, tmp_path):
         assert not is_done(self.job, tmp_path)
-        write(self.job.path(tmp_path), {"settings": self.job.settings()})
+        keep(self.job, {"settings": self.job.settings()}, tmp_path)
         assert is_done(self.job, tmp_path)
         other = Job("digits_cnn", "fixed", "sam", 0, 0.05, 0.1, 41)
-        with pytest.raises(ValueError, match=r"0\.json was run with other settings \(epochs, xsam\)\. Delete it"):
+        with pytest.raises(ValueError, match=r"jsonl has fixed/sam/0 with other settings \(epochs, xsam\)\. Delete"):
             is_done(other, tmp_path)
 
-    def test_numbers_that_are_not_finite_become_null(self, tmp_path):
-        write(tmp_path / "a.json", {"a": [math.nan, math.inf, 1.5], "b": {"c": -math.inf}})
-        assert json.loads((tmp_path / "a.json").read_text()) == {"a": [None, None, 1.5], "b": {"c": None}}
+    def test_a_later_record_takes_the_place_of_an_earlier_one(self, tmp_path):
+        for value in (0.1, 1 / 3):
+            save({"value": value}, "b", "task", tmp_path)
+        save({}, "a", "task", tmp_path)
+        assert list(load("task", tmp_path).items()) == [("a", {"run": "a"}), ("b", {"run": "b", "value": 1 / 3})]
 
-    def test_what_cannot_be_written_leaves_nothing(self, tmp_path):
-        (tmp_path / "a.json" / "full").mkdir(parents=True)
-        with pytest.raises(OSError, match=r"a\.json"):
-            write(tmp_path / "a.json", {})
-        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    def test_numbers_that_are_not_finite_become_null(self, tmp_path):
+        save({"a": [math.nan, math.inf, 1.5], "b": {"c": -math.inf}}, "key", "task", tmp_path)
+        assert load("task", tmp_path) == {"key": {"run": "key", "a": [None, None, 1.5], "b": {"c": None}}}
+
+    def test_what_cannot_be_written_leaves_the_others(self, tmp_path):
+        save({"value": 1}, "a", "task", tmp_path)
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            save({"value": object()}, "b", "task", tmp_path)
+        assert load("task", tmp_path) == {"a": {"run": "a", "value": 1}}
+
+    def test_processes_lose_nothing_of_each_other(self, tmp_path):
+        context = multiprocessing.get_context("fork")
+        processes = [context.Process(target=save_many, args=(name, tmp_path)) for name in "abc"]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert load("task", tmp_path).keys() == {f"{name}{number}" for name in "abc" for number in range(MANY)}
+
+    @pytest.mark.parametrize("task", tasks.TASKS)
+    def test_the_committed_ones_are_of_the_settings_here(self, task):
+        for key, record in load(task, RESULTS).items():
+            job = CostJob(task)
+            if key != job.key:
+                settings = record["settings"]
+                point = settings["learning_rate"], settings["xsam"] and settings["xsam"]["rho"], settings["epochs"]
+                job = Job(task, record["part"], record["mode"], record["seed"], *point)
+            assert job.key == key
+            assert is_done(job, RESULTS)
+
+
+MANY = 40
+
+
+def save_many(name, results):
+    for number in range(MANY):
+        save({}, f"{name}{number}", "task", results)
 
 
 def test_wrong_labels():
@@ -198,7 +242,7 @@ class TestReport:
             },
             "cost": {"steps": 680, "train_cpu_seconds": 10.0},
         }
-        write(job.path(results), record)
+        keep(job, record, results)
 
     def test_the_page(self, tmp_path):
         results, page = tmp_path / "results", tmp_path / "experiments" / "README.md"
@@ -243,7 +287,7 @@ class TestReport:
             assert head == f"|  | {report.TITLES['digits_cnn']} |"
             assert rows[0] == f"| stock Trainer | {cell} |"
             assert len(rows) == len(report.LABELS if of is report.overview else report.FIRST_PAGE)
-        Job("digits_cnn", "tuned", "sam_long", 4, 0.05, 0.05, 40).path(tmp_path).unlink()
+        remove(Job("digits_cnn", "tuned", "sam_long", 4, 0.05, 0.05, 40), tmp_path)
         for of in expected:
             assert "CNN" not in of(report.load_all(tmp_path))
 
@@ -254,7 +298,7 @@ class TestReport:
             report.main(["--results", str(tmp_path), "--root", str(tmp_path)])
 
     def test_the_committed_pages_are_of_the_committed_results(self):
-        for page, text in report.pages(report.load_all(report.RESULTS), report.RESULTS, report.ROOT).items():
+        for page, text in report.pages(report.load_all(RESULTS), RESULTS, report.ROOT).items():
             assert page.read_text(encoding="utf-8") == text
 
 
@@ -264,14 +308,15 @@ def test_failed_interrupted_killed_and_run_again(tmp_path):
     jobs = tuning_jobs("digits_cnn", ["sam"], 0.5)
 
     # The first job's result cannot be written, the second one's process is killed; the others go on, until Ctrl-C.
-    in_the_way = jobs[0].path(tmp_path) / "full"
-    in_the_way.mkdir(parents=True)
+    in_the_way = file_of("digits_cnn", tmp_path)
+    in_the_way.mkdir()
     process = start(*options)
     assert process.stdout.readline() == "0 of 12 runs have results.\n"
     assert f"[1/12] {jobs[0]}: FAILED (IsADirectoryError" in process.stdout.readline()
+    in_the_way.rmdir()
     wait_until(lambda: psutil.Process(process.pid).children(), process)[0].kill()
     assert f"[2/12] {jobs[1]}: FAILED (The process ended with exit code -9.)" in process.stdout.readline()
-    wait_until(lambda: results_in(tmp_path), process)
+    wait_until(lambda: load("digits_cnn", tmp_path), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
@@ -279,39 +324,37 @@ def test_failed_interrupted_killed_and_run_again(tmp_path):
     assert "Traceback" not in errors
     failures = sorted(tmp_path.rglob("*.error.txt"))
     assert failures == sorted(run.error_path(job, tmp_path) for job in jobs[:2])
-    first = results_in(tmp_path)
+    first = load("digits_cnn", tmp_path)
 
     # The command itself is killed, and its worker ends with it.
     process = start(*options)
-    wait_until(lambda: len(results_in(tmp_path)) > len(first), process)
+    wait_until(lambda: len(load("digits_cnn", tmp_path)) > len(first), process)
     worker = wait_until(lambda: psutil.Process(process.pid).children(), process)
     process.kill()
     process.communicate()
     assert psutil.wait_procs(worker, timeout=60)[1] == []
-    second = results_in(tmp_path)
+    second = load("digits_cnn", tmp_path)
 
-    in_the_way.rmdir()
-    in_the_way.parent.rmdir()
     process = start(*options)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
-    final = results_in(tmp_path)
+    final = load("digits_cnn", tmp_path)
     assert len(final) == len(jobs) + 1
     assert first.items() <= second.items() <= final.items()
     assert len(lines_of_runs(output)) == len(set(lines_of_runs(output))) == len(final) - len(second)
     assert list(tmp_path.rglob("*.error.txt")) == []
-    record = read(tmp_path / "digits_cnn" / "tuned" / "sam" / "0.json")
+    record = final["tuned/sam/0"]
     assert (record["settings"]["learning_rate"], record["settings"]["xsam"]["rho"]) == chosen_settings(
         jobs, tmp_path, DIGITS
     )
-    assert set(read(jobs[0].path(tmp_path))["metrics"]) == {"validation"}
+    assert set(final[jobs[0].key]["metrics"]) == {"validation"}
     assert set(record["metrics"]) == {"validation", "test", "train", "loss_gap", "top_eigenvalue"}
     assert record["cost"]["forward_passes"] == 2 * record["cost"]["steps"]
 
     # Another mode beside it, in this process, and the report of both.
     job = Job("digits_cnn", "tuned", "aligned_1", 0, 0.05, 0.05, 2)
-    write(job.path(tmp_path), job.run())
-    found = read(job.path(tmp_path))
+    keep(job, job.run(), tmp_path)
+    found = load("digits_cnn", tmp_path)[job.key]
     metrics, cost = found["metrics"], found["cost"]
     assert found["settings"]["xsam"]["correction"] == "aligned"
     assert cost["steps"] == 2 * math.ceil(1077 / 64)
@@ -321,7 +364,7 @@ def test_failed_interrupted_killed_and_run_again(tmp_path):
     assert metrics["test"]["accuracy"] > 0.5
     assert len(found["commit"]) >= 40
     assert found["versions"]["torch"]
-    runs = report.load(tmp_path, "digits_cnn", "tuned")
+    runs = report.runs_of(load("digits_cnn", tmp_path), "tuned")
     assert list(runs) == ["sam", "aligned_1"]
     assert f"| {metrics['test']['accuracy']:.4g} | {metrics['top_eigenvalue']:.4g} |" in report.summary(
         "digits_cnn", runs
@@ -330,8 +373,8 @@ def test_failed_interrupted_killed_and_run_again(tmp_path):
 
 def test_a_run_that_diverged_has_a_result(tmp_path):
     job = Job("digits_cnn", "fixed", "sam", 0, 1e20, 0.05, 0.1)
-    write(job.path(tmp_path), job.run())
-    metrics = read(job.path(tmp_path))["metrics"]
+    keep(job, job.run(), tmp_path)
+    metrics = load("digits_cnn", tmp_path)[job.key]["metrics"]
     assert metrics["train"]["loss"] is None
     assert metrics["top_eigenvalue"] is None
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainer
 from hf_xsam.sharpness import MeasureSettings, measure
@@ -170,8 +168,9 @@ def test_a_run_that_stops_early_is_measured_where_it_stops(tmp_path):
 
 
 def test_unused_columns_and_a_dataset_of_its_own(tmp_path):
+    datasets = pytest.importorskip("datasets")
     rows = {"input_ids": [row["input_ids"].tolist() for row in sentences(3)], "labels": [0, 1] * 12}
-    data = Dataset.from_dict(rows | {"review": ["text"] * 24})
+    data = datasets.Dataset.from_dict(rows | {"review": ["text"] * 24})
     callback = {"dataset": data, "samples": 6}
     trainer = train(tmp_path, callback=callback, dataset=data, remove_unused_columns=True, max_steps=1)
     assert len(measured(trainer)) == 1
@@ -191,14 +190,15 @@ def test_random_transforms_leave_training_alone(tmp_path):
 
 
 def test_trl_counts_its_training_alone(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     model = save_tiny_language_model(tmp_path / "model")
-    data = Dataset.from_dict({"text": ["a good film", "a bad film", "the plot : dull", "great"] * 3})
+    data = datasets.Dataset.from_dict({"text": ["a good film", "a bad film", "the plot : dull", "great"] * 3})
     runs = []
     for watched in (False, True):
         settings = {"use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 2, "save_strategy": "no"}
         settings |= {"eval_strategy": "steps", "eval_steps": 3, "per_device_train_batch_size": 2, "max_steps": 6}
-        args = SFTConfig(output_dir=str(tmp_path), disable_tqdm=True, **settings)
-        trainer = SFTTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)
+        args = trl.SFTConfig(output_dir=str(tmp_path), disable_tqdm=True, **settings)
+        trainer = trl.SFTTrainer(model=model, args=args, train_dataset=data, eval_dataset=data)
         if watched:
             trainer.add_callback(XSAMCallback(trainer, every=1, samples=5))
         trainer.train()
