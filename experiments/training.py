@@ -70,14 +70,16 @@ class Job:
     def xsam_config(self) -> XSAMConfig | None:
         """Return X-SAM's settings; the eigenvector's are the library's defaults."""
         fields = MODES[self.mode.removesuffix(LONG)]
-        return None if fields is None else XSAMConfig(rho=self.rho, **TASKS[self.task].xsam, **fields)
+        settings = {"rho": self.rho, "replay_check": "never", **TASKS[self.task].xsam}
+        return None if fields is None else XSAMConfig(**settings, **fields)
 
     def settings(self) -> dict[str, Any]:
         """Return all that decides the run's outcome besides its seed, as JSON gives it back."""
         config = self.xsam_config()
         xsam = None if config is None else config.to_dict()
         if xsam:
-            xsam.pop("log_metrics", None)  # decides what is logged alone
+            for name in ("log_metrics", "replay_check"):  # which change no result
+                del xsam[name]
         return {
             "learning_rate": self.learning_rate,
             "epochs": self.epochs,
