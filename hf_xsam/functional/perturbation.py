@@ -57,7 +57,7 @@ def perturbed(weights: Sequence[Tensor], perturbation: Sequence[Tensor]) -> Iter
     if any(weight.dtype != wide_dtype(weight) for weight in weights):
         perturbation, realised = representable(weights, perturbation)
     held = [local(weight) for weight in weights]
-    backup = [weight.clone() for weight in held]
+    backup = torch._foreach_mul(held, 1.0)  # copies, in one call
     try:
         torch._foreach_add_(held, [local(shift) for shift in perturbation])
         del perturbation

@@ -8,7 +8,7 @@ the accelerator. Norms and factors are calls for many tensors, whose kernels an 
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
+from functools import cache, reduce
 from itertools import islice
 from typing import TypeGuard
 
@@ -45,7 +45,12 @@ def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype in which `tensor` takes part in sums: float32, or its own where that is wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return _promoted(tensor.dtype, torch.float32)
+
+
+@cache
+def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    return torch.promote_types(one, other)  # an operation to torch's dispatcher, which costs as much as one
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -61,7 +66,7 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
         # In groups: `tensors` may be computed as they are asked for, to hold few at a time.
         while group := list(islice(iterator, 32)):
             held = [local(x) for x in group]
-            dtype = reduce(torch.promote_types, map(wide_dtype, held))
+            dtype = reduce(_promoted, map(wide_dtype, held))
             norms = torch._foreach_norm(held, dtype=dtype)
             yield from zip(group, torch._foreach_mul(norms, norms), strict=True)
 
@@ -70,6 +75,8 @@ def norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def scale(factor: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return factor * x for each x, in x's wide dtype and on x's device; `factor` is 0-dimensional."""
+    if tensors and all(x.device == factor.device and x.dtype == wide_dtype(x) and not is_sharded(x) for x in tensors):
+        return list(torch._foreach_mul(list(tensors), factor))
     return [x.to(wide_dtype(x)) * factor.to(x.device) for x in tensors]
 
 
@@ -107,7 +114,7 @@ def reciprocal_or_zero(value: Tensor) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    dtype = torch.promote_types(wide_dtype(x), y.dtype)
+    dtype = _promoted(wide_dtype(x), y.dtype)
     if y.ndim == 0:  # broadcast
         return x.sum(dtype=dtype) * y
     return torch.linalg.vecdot(x.flatten().to(dtype), y.flatten().to(dtype))

@@ -5,14 +5,14 @@ encoder's. Random generators are in `random_state`.
 """
 
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .reachable import CONSTANT, LARGEST_CONTAINER, counts
+from .reachable import CONSTANT, LARGEST_CONTAINER, OF_EVERY_MODULE, counts
 
 Restore = Callable[[], None]
 
@@ -36,44 +36,56 @@ class KeptState:
 
     def __init__(self, owners: Iterable[Any], weights: Iterable[Tensor] = ()) -> None:
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
         self._contents: list[Restore] = [_tensor_restorer(weight) for weight in weights]
         for owner in owners:
-            own = {name: value for name, value in vars(owner).items() if counts(name)}
-            self._attributes.append((vars(owner), own))
+            held, own = vars(owner), _own(owner)
+            self._attributes.append((held, own))
             for value in own.values():
-                if not isinstance(value, CONSTANT):
-                    self._contents += _restorers(value, DEPTH)
+                if type(value) not in CONSTANT:
+                    self._keep(value, DEPTH)
             if isinstance(owner, nn.Module) and owner._buffers:
-                self._attributes.append((owner._buffers, dict(owner._buffers)))
+                self._attributes.append((owner._buffers, owner._buffers.copy()))
                 buffers = (buffer for buffer in owner._buffers.values() if buffer is not None)
                 self._contents += [_tensor_restorer(buffer) for buffer in buffers if not _is_quantized_weight(buffer)]
 
     def restore(self) -> None:
         """Put everything back as it was, whether a pass wrote into an object or put another one in its place."""
         for now, before in self._attributes:
-            for name in [name for name in now if name not in before and counts(name)]:
-                del now[name]
+            for name in now.keys() - before.keys() - OF_EVERY_MODULE:
+                if counts(name):
+                    del now[name]
             for name, value in before.items():
                 if name not in now or now[name] is not value:
                     now[name] = value
+        for container, elements in self._containers:
+            if not _same(container, elements):
+                container.clear()
+                container.extend(elements) if isinstance(container, list | deque) else container.update(elements)
         with torch.no_grad():
             for restore in self._contents:
                 restore()
 
+    def _keep(self, value: Any, depth: int) -> None:
+        """Keep the contents of `value`, as far as it can change within."""
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter) and value.grad_fn is None and value.numel() <= LARGEST_TENSOR:
+                self._contents.append(_tensor_restorer(value))
+        elif isinstance(value, np.ndarray) and value.size <= LARGEST_TENSOR:
+            self._contents.append(_array_restorer(value))
+        elif type(value) in CONTAINERS and len(value) <= LARGEST_CONTAINER:
+            self._containers.append((value, value.copy()))
+        if depth and isinstance(value, (tuple, *CONTAINERS)) and len(value) <= FEW:
+            for element in value.values() if isinstance(value, dict) else value:
+                if type(element) not in CONSTANT:
+                    self._keep(element, depth - 1)
 
-def _restorers(value: Any, depth: int) -> Iterator[Restore]:
-    """Yield what puts back the contents of `value`, as far as it can change within."""
-    if isinstance(value, Tensor):
-        if not isinstance(value, nn.Parameter) and value.grad_fn is None and value.numel() <= LARGEST_TENSOR:
-            yield _tensor_restorer(value)
-    elif isinstance(value, np.ndarray) and value.size <= LARGEST_TENSOR:
-        yield _array_restorer(value)
-    elif type(value) in CONTAINERS and len(value) <= LARGEST_CONTAINER:
-        yield _container_restorer(value)
-    if depth and isinstance(value, (tuple, *CONTAINERS)) and len(value) <= FEW:
-        for element in value.values() if isinstance(value, dict) else value:
-            if not isinstance(element, CONSTANT):
-                yield from _restorers(element, depth - 1)
+
+def _own(owner: Any) -> dict[str, Any]:
+    """Return the attributes of an object that training steps may change, by name."""
+    held = vars(owner)
+    names = held.keys() - OF_EVERY_MODULE
+    return {name: held[name] for name in names if isinstance(owner, nn.Module) or counts(name)}
 
 
 def _tensor_restorer(tensor: Tensor) -> Restore:
@@ -101,24 +113,11 @@ def _array_restorer(array: np.ndarray) -> Restore:
     return restore
 
 
-def _container_restorer(container: Any) -> Restore:
-    value = container.copy()
-
-    def restore() -> None:
-        if not _same(container, value):
-            container.clear()
-            container.extend(value) if isinstance(container, list | deque) else container.update(value)
-
-    return restore
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Return whether two containers hold the same objects."""
-    if isinstance(one, set):
-        return one == other
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(x is y for x, y in zip(one.values(), other.values(), strict=True))
-    return len(one) == len(other) and all(x is y for x, y in zip(one, other, strict=True))
+def _same(container: Any, elements: Any) -> bool:
+    try:
+        return bool(container == elements)
+    except Exception:  # of elements that cannot be compared, such as other tensors than before
+        return False
 
 
 def _is_quantized_weight(tensor: Tensor) -> bool:
