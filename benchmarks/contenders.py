@@ -87,13 +87,11 @@ class HandWrittenSAM:
 
 
 class SteadyXSAMTrainer(XSAMTrainer):
-    """Chooses the kind of Hessian-vector product once, not in each block, which is a training of its own."""
+    """Does once what is done once in a training, and not in each block, which is a training of its own."""
 
-    chosen: str | None = None
-
-    def _choose_method(self, *arguments: Any) -> str:
-        self.chosen = self.chosen or super()._choose_method(*arguments)
-        return self.chosen
+    def _begin_afresh(self) -> None:
+        if self.state.global_step == 0:
+            super()._begin_afresh()
 
 
 def xsam(config: XSAMConfig) -> Callable[..., XSAMTrainer]:

@@ -151,7 +151,7 @@ class XSAMTrainerMixin(_Trainer):
         """Return whether the window left no gradient: a training step may skip a batch, or its loss need no weight."""
         nothing = not with_gradient(trainable)
         if self.xsam_config.ascent == "local":  # else the gradient is that of all processes
-            return holds_everywhere(self.accelerator, torch.tensor(nothing, device=self.args.device))
+            return holds_everywhere(self.accelerator, nothing)
         return nothing
 
     def _check_replay(self, window: Window, trainable: Parameters) -> None:

@@ -104,8 +104,7 @@ class Curvature:
             raise
         except Exception as raised:  # of the user's code too, which may take another path in evaluation mode
             error = raised
-        reached = torch.tensor(error is None, device=self.accelerator.device)
-        if not holds_everywhere(self.accelerator, reached) or result is None:
+        if not holds_everywhere(self.accelerator, error is None) or result is None:
             reason = "another process's failed" if error is None else first_line(error).rstrip(".")
             raise ExactProductError(f"an exact Hessian-vector product failed ({reason})") from error
         return result

@@ -60,12 +60,12 @@ def choose_method(
         obstacle = "sharded parameters have no second derivative"
     obstacle = obstacle or find_obstacle(loss, parameters, model, trust=asked == "exact")
     # Together, for the gradient may take all processes.
-    if holds_everywhere(accelerator, torch.tensor(obstacle == NO_PATH, device=accelerator.device)):
+    if holds_everywhere(accelerator, obstacle == NO_PATH):
         known = loss.gradient(parameters) if gradient is None else gradient
         obstacle = NO_PATH if norm(known) > 0 else None
     elif obstacle == NO_PATH:
         obstacle = None
-    exact = holds_everywhere(accelerator, torch.tensor(obstacle is None, device=accelerator.device))
+    exact = holds_everywhere(accelerator, obstacle is None)
     method: Method = "exact" if exact else "finite_difference"
     allowed = "every operation of the model has a second derivative"
     reason = obstacle or (allowed if exact else "another process found an obstacle")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..functional.tensors import norm
 from .gradients import gradients, gradients_set_aside
+from .precision import coarsest_dtype
 from .processes import all_finite, holds_everywhere
 from .random_state import Generator, state_of
 from .reachable import CONSTANT, reachable
@@ -25,8 +26,9 @@ Marks = Mapping[str, Any]
 
 # How far from the trainer or a module state is looked for.
 DEPTH = 4
-# Kernels that are not deterministic, and sums over processes in another order, differ by rounding: relative.
-ROUNDING = 1e-4
+# Kernels that are not deterministic, and sums over processes in another order, differ by rounding: relative, and in
+# units of the precision that the loss is computed in.
+ROUNDING, ROUNDING_STEPS = 1e-3, 4
 
 
 def marks_of(owners: Mapping[str, Any]) -> Marks:
@@ -73,7 +75,8 @@ def check_echo(window: Window, parameters: Sequence[Tensor], synchronize: bool, 
         difference = _difference(first, again)
         if accelerator.device.type != "cpu" or accelerator.num_processes > 1:
             noise = _difference(again, _run(window, parameters, synchronize))
-            if difference <= max(ROUNDING, 2 * noise):
+            eps = torch.finfo(coarsest_dtype(accelerator, window.model)).eps
+            if difference <= max(ROUNDING, ROUNDING_STEPS * eps, 2 * noise):
                 return True
     if accelerator.is_main_process:
         _warn(difference, moved)

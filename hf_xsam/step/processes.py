@@ -9,10 +9,11 @@ from torch import Tensor
 BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel's
 
 
-def holds_everywhere(accelerator: Accelerator, condition: Tensor) -> bool:
+def holds_everywhere(accelerator: Accelerator, condition: Tensor | bool) -> bool:
     """Return whether `condition`, 0-dimensional, holds on every process: they have to go the same way."""
     if accelerator.num_processes > 1:
-        return bool(accelerator.reduce(condition.float(), reduction="mean") == 1)
+        condition = torch.as_tensor(condition, dtype=torch.float32, device=accelerator.device)
+        return bool(accelerator.reduce(condition, reduction="mean") == 1)
     return bool(condition)
 
 

@@ -164,9 +164,9 @@ class Window:
             with torch.no_grad(), forward_passes_evaluated(model):
                 of_pieces = torch.stack(list(self.losses(whole.pieces(1.0)))).sum()
                 own = torch.stack(list(self.losses([(whole, 1.0)]))).sum()
-            adds_up = (of_pieces - own).abs() <= ADDS_UP * own.abs()
+            adds_up = bool((of_pieces - own).abs() <= ADDS_UP * own.abs())
         except Exception:  # of the user's code, which is given rows that are no batch
-            adds_up = torch.tensor(False, device=self.accelerator.device)
+            adds_up = False
         return holds_everywhere(self.accelerator, adds_up)
 
     def losses(self, part: Sequence[tuple[MicroBatch, float]]) -> Iterator[Tensor]:

@@ -146,5 +146,5 @@ class TestCompiled:
         torch._dynamo.reset()
         ours = gpu_run(bert(), sentences(32), tmp_path, config, torch_compile=True, **settings)
         assert ours._xsam_hvp_method == hvp
-        assert ours.xsam_state.eigenvalue.item() == pytest.approx(eager.xsam_state.eigenvalue.item(), rel=0.02)
+        assert ours.xsam_state.eigenvalue.item() == pytest.approx(eager.xsam_state.eigenvalue.item(), rel=0.05)
         torch.testing.assert_close(weights_of(ours.model), weights_of(eager.model), rtol=0, atol=1e-3)

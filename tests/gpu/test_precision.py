@@ -102,7 +102,7 @@ class TestLoRAOnBfloat16:
             return top_eigenpair(model, sentences(), tmp_path, config, 30, use_cpu=False, **precision)[0]
 
         cosine = top(self.build(), hvp, bf16=True) @ top(self.build().float(), "exact")
-        assert abs(cosine.item()) > 0.95
+        assert abs(cosine.item()) > {"exact": 0.95, "finite_difference": 0.9}[hvp]
 
     def test_training(self, tmp_path):
         config = XSAMConfig(rho=0.05, eigen_scope="lora", eigen_interval=1)
