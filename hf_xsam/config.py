@@ -16,7 +16,9 @@ from .functional.correction import Correction
 SCOPES = ("trainable", "lora", "norm")
 Hvp = Literal["auto", "exact", "finite_difference"]
 CONFIG_NAME = "xsam_config.json"
-NOT_WRITTEN = "XSAMTrainer writes it beside each model that it saves; for one without it, set XSAMConfig's fields."
+NOT_WRITTEN = (
+    "XSAMTrainer writes it beside each model that it saves. For a model without it, set XSAMConfig's fields yourself."
+)
 
 
 @dataclass
@@ -99,14 +101,16 @@ class XSAMConfig:
     )
     perturb_scope: str = field(
         default="trainable",
-        metadata={"help": "What is perturbed: 'trainable', 'lora', 'norm', or a regular expression on names."},
+        metadata={"help": "Parameters to perturb: 'trainable', 'lora', 'norm', or a regular expression on names."},
     )
     alpha: float = field(
         default=0.2, metadata={"help": "Strength of the correction along the eigenvector, 0 (plain SAM) to 2."}
     )
     correction: Correction = field(
         default="paper",
-        metadata={"help": "How the gradient changes along the eigenvector: Eq. 11, damped, or amplified."},
+        metadata={
+            "help": "Correction along the eigenvector: 'paper' (Eq. 11), 'projection' (damps) or 'aligned' (amplifies)."
+        },
     )
     normalize_gradient: bool = field(
         default=True, metadata={"help": "Divide the perturbed gradient by its norm, as the paper does."}
@@ -118,7 +122,7 @@ class XSAMConfig:
     eigen_warmup_steps: int = field(
         default=80, metadata={"help": "Optimizer steps over which the interval grows from 1 to eigen_interval, >= 0."}
     )
-    power_iterations: int = field(default=1, metadata={"help": "Power iterations an eigenvector refresh, >= 1."})
+    power_iterations: int = field(default=1, metadata={"help": "Power iterations per eigenvector refresh, >= 1."})
     eigen_batch_fraction: float = field(
         default=0.5, metadata={"help": "Share of a step's examples for exact Hessian-vector products, > 0 to 1."}
     )
@@ -127,11 +131,15 @@ class XSAMConfig:
     )
     hvp: Hvp = field(
         default="auto",
-        metadata={"help": "Hessian-vector products by double backward, finite difference, or whichever works."},
+        metadata={
+            "help": "Hessian-vector products: 'exact', 'finite_difference', or 'auto', exact if the model allows it."
+        },
     )
     eigen_scope: str = field(
         default="trainable",
-        metadata={"help": "What the eigenvector spans: 'trainable', 'lora', 'norm', or a regular expression on names."},
+        metadata={
+            "help": "Parameters of the eigenvector: 'trainable', 'lora', 'norm', or a regular expression on names."
+        },
     )
     replay_check: Literal["first", "every", "never"] = field(
         default="first", metadata={"help": "Steps that are run once more at the same weights, to see if they agree."}
@@ -168,7 +176,7 @@ class XSAMConfig:
 
     @classmethod
     def paper(cls, **settings: Any) -> "XSAMConfig":
-        """Return the paper's settings, its authors' estimate of the eigenvector included; `settings` overrule them.
+        """Return the paper's settings with its authors' estimate of the eigenvector; `settings` override them.
 
         rho is 0.05, and every 5 steps there are 5 power iterations on all of the step's examples, which cost about as
         much as SAM's two passes. As in the authors' code, the steps before the first interval is over are SAM's.
@@ -240,7 +248,9 @@ class XSAMConfig:
         try:
             return cls.from_dict(settings)
         except ValueError as error:
-            raise ValueError(f"{path}: {error} If a newer hf_xsam wrote the file, update; else correct it.") from error
+            raise ValueError(
+                f"{path}: {error} If a newer hf_xsam wrote the file, update hf_xsam; otherwise correct the file."
+            ) from error
 
     def rho_at(self, step: int) -> float:
         """Return the radius at optimizer step `step`, counted from 0, under the linear warmup."""
@@ -300,7 +310,7 @@ def _download(repo: str, subfolder: str | None, hub_options: dict[str, Any]) -> 
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
             f"{CONFIG_NAME} of {repo!r} is not in the local cache, and the hub cannot be reached: check the name "
-            "(it is no folder here either), the connection, HF_HUB_OFFLINE and local_files_only."
+            "(there is no such folder either), the connection, HF_HUB_OFFLINE and local_files_only."
         ) from error
     except EntryNotFoundError as error:
         where = f"{repo!r} on the hub" if subfolder is None else f"{subfolder!r} in {repo!r} on the hub"
@@ -308,6 +318,6 @@ def _download(repo: str, subfolder: str | None, hub_options: dict[str, Any]) -> 
     except (HfHubHTTPError, HFValidationError) as error:
         reason = " ".join(str(error).split())
         raise OSError(
-            f"{repo!r} is no folder here, and its {CONFIG_NAME} cannot be had from the hub: {reason} "
+            f"{repo!r} is not a local folder, and its {CONFIG_NAME} cannot be downloaded from the hub: {reason} "
             "Check the name and the revision; a private or gated model needs `token` or `hf auth login`."
         ) from error

@@ -12,12 +12,12 @@ from .functional.tensors import is_sharded, norm, reciprocal_or_zero, scale, sha
 
 @dataclass
 class XSAMState:
-    """State of X-SAM, at hand as `trainer.xsam_state`, and part of the Trainer's checkpoints.
+    """State of X-SAM, available as `trainer.xsam_state` and saved in the Trainer's checkpoints.
 
     Attributes:
         eigenvector: parameter name to tensor, jointly of norm 1, float32 or wider; None before the first
-            refresh. Sharded as the parameters are. One set in a fresh state, before `train()`, is the warm start of
-            the first refresh: of any norm, whole tensors.
+            refresh. Sharded as the parameters are. If you set it in a fresh state, before `train()`, the first refresh
+            starts from it; it may have any norm and must hold whole tensors.
         eigenvalue: Rayleigh quotient of the last refresh, 0-dimensional, in units of loss per squared weight;
             None before it.
         shift: spectral shift of the power iteration, 0-dimensional and at most 0: see
@@ -57,7 +57,7 @@ class XSAMState:
             return None
         if not self.eigenvector.keys() & parameters.keys():
             raise ValueError(
-                f"xsam_state.eigenvector names {next(iter(self.eigenvector), None)!r}, and no parameter in "
+                f"xsam_state.eigenvector names {next(iter(self.eigenvector), None)!r}, which is not a parameter in "
                 f"eigen_scope; it must map names such as {next(iter(parameters))!r} to tensors, or be None."
             )
         vector = []

@@ -44,7 +44,7 @@ Parameters = Mapping[str, nn.Parameter]
 
 
 class XSAMTrainerMixin(_Trainer):
-    """Put in front of a `Trainer` subclass, turns its steps into X-SAM's (arXiv 2601.10251).
+    """Mixin that turns the steps of a `Trainer` subclass into X-SAM's (arXiv 2601.10251).
 
     `class MyXSAMTrainer(XSAMTrainerMixin, MyTrainer)` works as `MyTrainer` does, with one more argument.
 
@@ -55,13 +55,13 @@ class XSAMTrainerMixin(_Trainer):
             Passed on to the trainer.
 
     Attributes:
-        rows_are_examples: whether each row of a batch is an example of its own, as it must be for a part of the batch
-            to have a loss like the whole's; to be set to `False` by trainers of, say, pairs in different rows.
+        rows_are_examples: whether each row of a batch is one example, so that the loss of some rows estimates the
+            batch's. Set it to `False` in a trainer whose examples take several rows, such as pairs.
         xsam_config: the settings.
         xsam_state ([`~hf_xsam.state.XSAMState`]): eigenvector, eigenvalue and step count.
 
     Raises:
-        ValueError: for a set-up that X-SAM cannot work with, with what to use instead.
+        ValueError: if X-SAM does not support the set-up; the message says what to use instead.
     """
 
     rows_are_examples = True
@@ -83,15 +83,15 @@ class XSAMTrainerMixin(_Trainer):
         self._xsam_advice = Advice(self.xsam_config)
         self._begin_afresh()
         refuse_unsupported(self, self.xsam_config)
-        for field in ("perturb_scope", "eigen_scope"):
-            self._parameters_in(field)  # a scope that matches nothing is refused now
+        if trainable_parameters(self._unwrapped_model()):  # a trainer of frozen weights may still evaluate
+            self._refuse_empty_scopes()
         if self.args.push_to_hub:
             self.add_callback(PushCallback(self))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Run the stock step; after the last micro-batch of a window, put X-SAM's gradient in place of the sum.
+        """Run the stock step; after the last micro-batch of a window, replace the accumulated gradient by X-SAM's.
 
         Returns:
             The stock step's loss, at the unperturbed weights.
@@ -263,7 +263,7 @@ class XSAMTrainerMixin(_Trainer):
         """Log X-SAM's metrics, averaged as the loss is, beside the training loss.
 
         Raises:
-            RuntimeError: where steps were taken and no `training_step` of X-SAM's, for a subclass has left it out.
+            RuntimeError: if a subclass's `training_step` does not call X-SAM's.
         """
         if "loss" in logs:
             if self.xsam_state.step < self.state.global_step:
@@ -311,6 +311,10 @@ class XSAMTrainerMixin(_Trainer):
         model = self._unwrapped_model()
         return parameters_in_scope(model, getattr(self.xsam_config, field), f"XSAMConfig.{field}")
 
+    def _refuse_empty_scopes(self) -> None:
+        for field in ("perturb_scope", "eigen_scope"):
+            self._parameters_in(field)
+
     def _begin_afresh(self) -> None:
         """Drop what an earlier training has left: a part of a window, means to be logged, the kind of product."""
         self._xsam_window = self._xsam_surroundings = self._xsam_hvp_method = self._xsam_rows_add_up = None
@@ -321,6 +325,7 @@ class XSAMTrainerMixin(_Trainer):
     # again after a step that ran out of memory.
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_empty_scopes()
         self._begin_afresh()
         return super()._inner_training_loop(*args, **kwargs)
 

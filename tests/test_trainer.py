@@ -604,7 +604,7 @@ class TestRefusals:
                 return super().create_optimizer(*args, **kwargs)
 
         with pytest.raises(
-            ValueError, match=r"trains 1 parameters that are not the model's, the first of shape \(3, 2\)"
+            ValueError, match=r"trains 1 parameters that do not belong to the model, the first of shape \(3, 2\)"
         ):
             WithAHead(model=bert(), args=arguments(tmp_path), train_dataset=examples_of(sentences())).train()
 

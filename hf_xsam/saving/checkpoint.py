@@ -204,7 +204,11 @@ def last_complete_checkpoint(folder: str, ranks: Sequence[int] | None = None) ->
         if _is_complete(path, ranks):
             return str(path)
         logger.warning("%s is skipped: saving it was interrupted.", path)
-    raise ValueError(f"There is no complete checkpoint in {folder!r}: train without resume_from_checkpoint.")
+    # The stock message's words come first: callers match them.
+    raise ValueError(
+        f"No valid checkpoint found in output directory ({folder}): none was written to its end. Train without "
+        "resume_from_checkpoint."
+    )
 
 
 def _is_complete(checkpoint: Path, ranks: Sequence[int] | None) -> bool:

@@ -102,7 +102,7 @@ def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         ValueError: where it computes none.
     """
     if "labels" not in batch or (loss := model(**batch).get("loss")) is None:
-        raise ValueError("The model gives no loss: its batches need `labels`. For another loss, pass compute_loss.")
+        raise ValueError("The model returns no loss: its batches need `labels`. For another loss, pass compute_loss.")
     return loss
 
 
@@ -122,8 +122,8 @@ def targets_in(batch: Any, model: nn.Module) -> int:
     sizes = [len(part) for part in parts if isinstance(part, Tensor) and part.ndim > 0]
     if not sizes:
         raise ValueError(
-            "dataloader gives a batch without a tensor; it must give tensors, or sequences or mappings with one, whose "
-            "rows are examples."
+            "dataloader yields a batch without a tensor; a batch must be a tensor, or a sequence or mapping that has "
+            "one, with one row for each example."
         )
     return sizes[0]
 

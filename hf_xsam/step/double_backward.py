@@ -95,7 +95,7 @@ def find_obstacle(loss: Loss, parameters: Sequence[Tensor], model: nn.Module, tr
             # With nothing frozen: operations whose input takes no gradient do not show in the graph.
             whole = next(loss.terms(), None)
             if whole is None:
-                return "the training step hands no loss to accelerator.backward"
+                return "the training step does not pass its loss to accelerator.backward"
             if hidden := hidden_parameters(whole):
                 return hidden
             if doubt := untrusted_operation(whole):
@@ -118,7 +118,9 @@ def find_obstacle(loss: Loss, parameters: Sequence[Tensor], model: nn.Module, tr
 def obstacle_in_arguments(args: "TrainingArguments") -> str | None:
     """Return what in a trainer's arguments is in the way of exact products, or None."""
     if getattr(args, "activation_offloading", False):  # TRL's
-        return "activation_offloading lets what a forward pass saves be read once, a second derivative reads it twice"
+        return (
+            "activation_offloading lets saved activations be read only once, and a second derivative reads them twice"
+        )
     return None
 
 

@@ -78,20 +78,34 @@ class Advice:
 
     config: XSAMConfig
     steps_far_above: int = 0
+    skipped_before: int = 0
+    said_skipped: bool = False
     said_rounded: bool = False
 
     def read(self, logs: Mapping[str, float], steps: int) -> None:
         """Look at one line of logs, with the loss and X-SAM's metrics, which are means over `steps`."""
         if "xsam/sharpness" in logs:
             self._large_rho(logs, steps)
+        self._all_skipped(logs.get(SKIPPED_STEPS, 0), steps)
         if abs(logs.get("xsam/realised_perturbation", 1.0) - 1) > ROUNDING_TOLERANCE and not self.said_rounded:
             self.said_rounded = True
             logger.warning(
-                "Half-precision weights moved by %.2f times the perturbation asked for (rho is %g): the rest was lost "
-                "to rounding. Load the model in float32 (bf16=True or fp16=True still computes in half precision), "
-                "or raise rho.",
+                "Half-precision weights moved by only %.2f times the requested perturbation (rho is %g): the rest was "
+                "lost to rounding. Load the model in float32 (bf16=True or fp16=True still computes in half "
+                "precision), or raise rho.",
                 logs["xsam/realised_perturbation"],
                 self.config.rho,
+            )
+
+    def _all_skipped(self, skipped: float, steps: int) -> None:
+        since, self.skipped_before = skipped - self.skipped_before, int(skipped)
+        if since > 0 and steps == 0 and not self.said_skipped:
+            self.said_skipped = True
+            logger.warning(
+                "X-SAM skipped all %d steps since the last log: each had no gradient, or one that is not finite. Look "
+                "for a loss that is inf or nan, a learning rate that is too large, or batches that the training step "
+                "leaves out.",
+                since,
             )
 
     def _large_rho(self, logs: Mapping[str, float], steps: int) -> None:

@@ -38,7 +38,7 @@ def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"X-SAM does not support torch.nn.DataParallel, which Trainer uses for {trainer.args.n_gpu} GPUs in one "
-            "process. Start the script with `accelerate launch` (DistributedDataParallel), or show it one GPU with "
+            "process. Start the script with `accelerate launch` (DistributedDataParallel), or use one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
         )
     if trainer.is_deepspeed_enabled:
@@ -79,7 +79,7 @@ def _refuse_under_fsdp(trainer: "Trainer", config: "XSAMConfig") -> None:
         )
     if config.ascent == "local":
         raise ValueError(
-            "XSAMConfig.ascent is 'local', but under FSDP a process has no whole gradient of its own. "
+            "XSAMConfig.ascent is 'local', but under FSDP no process has the whole gradient of its own batch. "
             "Use ascent='global', or DistributedDataParallel."
         )
 
@@ -91,8 +91,9 @@ def _refuse_unsupported_trl(trainer: "Trainer") -> None:
         return
     if method.__name__ not in TRL_TRAINERS:
         raise ValueError(
-            f"X-SAM does not support TRL's {method.__name__}, only {', '.join(TRL_TRAINERS)}: it runs a step several "
-            "times on the same data, and a step that generates its data, or updates a state, is not the same twice."
+            f"X-SAM does not support TRL's {method.__name__}, only {', '.join(TRL_TRAINERS)}: it runs each step "
+            "several times on the same data, and a step that generates its data or updates a state gives another "
+            "result each time."
         )
 
 
@@ -110,9 +111,9 @@ def refuse_optimizer(trainer: "Trainer") -> None:
     trained = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     if foreign := [parameter for parameter in trained if id(parameter) not in known]:
         raise ValueError(
-            f"The optimizer trains {len(foreign)} parameters that are not the model's, the first of shape "
-            f"{tuple(foreign[0].shape)}, which X-SAM would neither perturb nor correct: make their module a part of "
-            "the model, or leave them to the stock trainer."
+            f"The optimizer trains {len(foreign)} parameters that do not belong to the model, the first of shape "
+            f"{tuple(foreign[0].shape)}. X-SAM would neither perturb nor correct them: make their module a part of "
+            "the model, or use the stock trainer."
         )
 
 

@@ -285,9 +285,9 @@ def test_settings_from_the_hub(hub, tmp_path):
     del hub.repositories[REPO].files[CONFIG_NAME]
     with pytest.raises(FileNotFoundError, match=f"no {CONFIG_NAME} in '{REPO}' on the hub.*set XSAMConfig's fields"):
         XSAMConfig.from_pretrained(REPO, cache_dir=tmp_path / "other")
-    with pytest.raises(OSError, match="'tester/none' is no folder here.*Repository Not Found.*hf auth login"):
+    with pytest.raises(OSError, match="'tester/none' is not a local folder.*Repository Not Found.*hf auth login"):
         XSAMConfig.from_pretrained("tester/none", **options)
-    with pytest.raises(OSError, match="'tester/tiny' is no folder here.*Revision Not Found.*revision"):
+    with pytest.raises(OSError, match="'tester/tiny' is not a local folder.*Revision Not Found.*revision"):
         XSAMConfig.from_pretrained(REPO, revision="v2", **options)
     with pytest.raises(OSError, match=f"'{tmp_path}/none' is no folder here"):
         XSAMConfig.from_pretrained(tmp_path / "none")

@@ -322,7 +322,7 @@ def test_settings_that_are_not_allowed_are_named(settings, message):
         ({"settings": MeasureSettings(top_k=43)}, "top_k is 43; the Hessian has 43 rows"),
         ({"settings": MeasureSettings(eigen_scope="lora")}, "eigen_scope is 'lora', which matches no trainable"),
         ({"dataloader": []}, "dataloader has no batches"),
-        ({"dataloader": [{"x": [1.0]}]}, "gives a batch without a tensor"),
+        ({"dataloader": [{"x": [1.0]}]}, "yields a batch without a tensor"),
         ({"compute_loss": None, "dataloader": [{"x": torch.zeros(1)}]}, "batches need `labels`"),
     ],
 )
