@@ -5,6 +5,7 @@ import random
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -30,13 +31,14 @@ class FaultyModel(nn.Module):
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Linear(FEATURES, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(0.2))
         self.head = nn.Linear(7, CLASSES)
-        self.kind, self.faulty, self.calls, self.fired = kind, set(faulty), 0, 0
+        self.kind, self.faulty = kind, set(faulty)
+        self.count = SimpleNamespace(calls=0, fired=0)  # an attribute of the module would be put back
 
     def forward(self, x, labels):
         counted = torch.is_grad_enabled()  # not the passes that only evaluate
-        faulty = counted and self.calls in self.faulty
-        self.calls += counted
-        self.fired += faulty
+        faulty = counted and self.count.calls in self.faulty
+        self.count.calls += counted
+        self.count.fired += faulty
         if faulty and self.kind in ("exception", "interrupt"):
             raise Fault if self.kind == "exception" else KeyboardInterrupt
         features = self.body(x)
@@ -166,7 +168,7 @@ class Inspector(TrainerCallback):
             "optimizer": optimizer_tensors(self.trainer),
             "eigenvector": self.trainer.xsam_state.eigenvector,
             "refreshed_at": self.trainer.xsam_state.refreshed_at,
-            "fired": model.fired,
+            "fired": model.count.fired,
             "skipped": self.trainer.xsam_state.skipped_steps,
             "scale": self.trainer.accelerator.scaler and self.trainer.accelerator.scaler.get_scale(),
         }
@@ -182,7 +184,7 @@ class Inspector(TrainerCallback):
         if vector is not None:
             length = torch.stack([part.norm() for part in vector.values()]).norm().item()
             self.check(abs(length - 1) < 1e-4, f"v has norm {length}", step)
-        fired = model.fired > before["fired"]
+        fired = model.count.fired > before["fired"]
         skipped = trainer.xsam_state.skipped_steps - before["skipped"]
         self.last_faulty_step = step if fired else self.last_faulty_step
         self.check(skipped <= fired, "skipped without a fault", step)

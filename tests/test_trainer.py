@@ -644,9 +644,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"eigen_scope is '{scope}'.*bert.embeddings.word_embeddings.weight"):
             self.build(tmp_path, config=XSAMConfig(eigen_scope=scope))
 
-    def test_a_frozen_model(self, tmp_path):
+    def test_a_frozen_model_evaluates_and_does_not_train(self, tmp_path):
+        data = examples_of(sentences())
+        trainer = XSAMTrainer(bert().requires_grad_(False), arguments(tmp_path), train_dataset=data, eval_dataset=data)
+        assert math.isfinite(trainer.evaluate()["eval_loss"])
         with pytest.raises(ValueError, match="perturb_scope is 'trainable', but the model has no trainable parameter"):
-            XSAMTrainer(bert().requires_grad_(False), arguments(tmp_path))
+            trainer.train()
 
     def test_config_of_another_type(self, tmp_path):
         with pytest.raises(TypeError, match="xsam_config is a float; it must be an XSAMConfig or a dict"):

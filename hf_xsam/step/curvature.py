@@ -80,9 +80,7 @@ class Curvature:
             RuntimeError: where hvp is "exact" and the model has no second derivative.
         """
         if self.method is None:
-            self.method = choose_method(
-                self.accelerator, self._hvp, self.loss, self.parameters, self.model, self._obstacle, gradient
-            )
+            self._choose_method(gradient)
         exact = self.method == "exact"
         with self._exact_products() if exact else self._finite_differences(gradient) as scaled:
             reduce = self.accelerator.num_processes > 1 and (exact or self.loss.gradient_is_local)
@@ -94,6 +92,11 @@ class Curvature:
                 return mean_over_processes(self.accelerator, result) if reduce else result
 
             yield product
+
+    def _choose_method(self, gradient: Sequence[Tensor] | None) -> None:
+        self.method = choose_method(
+            self.accelerator, self._hvp, self.loss, self.parameters, self.model, self._obstacle, gradient
+        )
 
     def _exact(self, product: HessianVectorProduct, vector: Sequence[Tensor]) -> list[Tensor]:
         """Return H v where all processes can compute it, for all of them have to go on the same way."""
@@ -137,17 +140,18 @@ class Curvature:
     ) -> Eigenpair:
         """Return what power iteration finds from `start`: see [`hf_xsam.functional.power_iteration`].
 
-        Where "auto" has chosen exact products and one fails, for a later batch takes other operations, finite
-        differences take their place.
+        If "auto" has chosen exact products and one fails, because a later batch takes other operations, the kind of
+        product is chosen again.
         """
         try:
             with self.hessian(gradient) as product:
                 return power_iteration(product, start, iterations, shift, momentum)
         except ExactProductError as error:
-            if self._hvp == "exact":
-                raise
+            if self._hvp != "exact":
+                self._choose_method(gradient)
+            if self.method == "exact":
+                raise (error.__cause__ or error) from None
             logger.warning("X-SAM goes on with finite differences: %s.", error)
-            self.method = "finite_difference"
             return self.top_eigenpair(start, iterations, shift, momentum, gradient)
 
 
