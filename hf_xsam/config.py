@@ -32,6 +32,9 @@ class XSAMConfig:
         rho (`float`, *optional*, defaults to 0.01):
             Radius of the perturbation, at least 0. The paper uses 0.05 and 0.1 for CNNs from scratch;
             finetuning needs less.
+        perturbation (`str`, *optional*, defaults to `"gradient"`):
+            `"gradient"` perturbs along the gradient, as SAM does, which takes two passes a step. `"eigenvector"`
+            perturbs by rho * v or -rho * v, v the top eigenvector, which takes one: see [`XSAMConfig.one_pass`].
         adaptive (`bool`, *optional*, defaults to `False`):
             Scale the perturbation by the weights (ASAM, arXiv 2102.11600). Its rho is 10 to 40 times larger.
         rho_warmup_steps (`int`, *optional*, defaults to 0):
@@ -44,9 +47,16 @@ class XSAMConfig:
             what PEFT trains beside them; `"norm"`, those of normalization layers (SAM-ON, arXiv 2306.04226); or a
             regular expression searched for in the names of the trainable parameters.
 
+    Parameters that control when it begins:
+        start_step (`float`, *optional*, defaults to 0):
+            Optimizer step from which on steps are X-SAM's; those before it are the stock Trainer's, at its price. Below
+            1 it is a share of all steps, as `warmup_steps` of `TrainingArguments` is. All other steps that the settings
+            name count from it.
+
     Parameters that control the correction:
         alpha (`float`, *optional*, defaults to 0.2):
-            Strength of the correction, 0 to 2. At 0 no eigenvector is estimated and the run is SAM.
+            Strength of the correction, 0 to 2. At 0 there is none, and with `perturbation="gradient"` no eigenvector is
+            estimated: the run is SAM.
         correction (`str`, *optional*, defaults to `"paper"`):
             `"paper"` (Eq. 11), `"projection"` (Theorem 5.1) or `"aligned"`: see
             [`hf_xsam.functional.correction.correction_factors`].
@@ -91,9 +101,15 @@ class XSAMConfig:
     """
 
     rho: float = field(default=0.01, metadata={"help": "Radius of the perturbation, >= 0."})
+    perturbation: Literal["gradient", "eigenvector"] = field(
+        default="gradient", metadata={"help": "Perturb along the gradient (two passes) or the eigenvector (one)."}
+    )
     adaptive: bool = field(default=False, metadata={"help": "Scale the perturbation by the weights (ASAM)."})
     rho_warmup_steps: int = field(
         default=0, metadata={"help": "Optimizer steps over which rho grows linearly from 0, >= 0."}
+    )
+    start_step: float = field(
+        default=0, metadata={"help": "Optimizer step, or below 1 share of all steps, from which on X-SAM takes part."}
     )
     ascent: Literal["global", "local"] = field(
         default="global",
@@ -151,8 +167,13 @@ class XSAMConfig:
     def __post_init__(self) -> None:
         for spec in fields(self):
             refuse_kind(f"XSAMConfig.{spec.name}", getattr(self, spec.name), spec.type)
-        if self.rho < 0:
-            raise self._error("rho", "at least 0")
+        for name in ("rho", "start_step"):
+            if getattr(self, name) < 0:
+                raise self._error(name, "at least 0")
+        if self.start_step >= 1 and self.start_step != int(self.start_step):
+            raise self._error("start_step", "a whole number of steps, or a share of them below 1")
+        if self.perturbation == "eigenvector":
+            self._refuse_with_eigenvector()
         if not 0 <= self.alpha <= 2:
             raise self._error("alpha", "from 0 to 2")
         if not 0 < self.eigen_batch_fraction <= 1:
@@ -170,6 +191,12 @@ class XSAMConfig:
                 raise self._error(name, f"an integer of at least {least}")
         for name in ("perturb_scope", "eigen_scope"):
             refuse_scope(f"XSAMConfig.{name}", getattr(self, name))
+
+    def _refuse_with_eigenvector(self) -> None:
+        """Raise for settings of SAM's perturbation that one along the eigenvector has no meaning for."""
+        for name, only in (("adaptive", False), ("ascent", "global"), ("perturb_scope", "trainable")):
+            if getattr(self, name) != only:
+                raise self._error(name, f"{only!r} with perturbation='eigenvector', which moves what v spans")
 
     def _error(self, name: str, allowed: str) -> ValueError:
         return ValueError(f"XSAMConfig.{name} is {getattr(self, name)!r}; it must be {allowed}.")
@@ -192,6 +219,18 @@ class XSAMConfig:
             "eigen_momentum": 0.0,
         }
         return cls(**(authors | settings))
+
+    @classmethod
+    def one_pass(cls, rho: float = 0.05, **settings: Any) -> "XSAMConfig":
+        """Return settings under which a step takes one forward and backward pass; `settings` override them.
+
+        The weights move by rho * v or -rho * v in turn, v the Hessian's top eigenvector, and nothing is corrected. The
+        loss of the steps is then L + rho^2 / 2 * lambda in the mean, lambda the top eigenvalue, up to O(rho^4), and
+        their gradient its gradient, for that of lambda needs no derivative of v (Hellmann and Feynman). The best rho
+        was about 5 times SAM's.
+        """
+        one_pass: dict[str, Any] = {"perturbation": "eigenvector", "alpha": 0.0, "rho": rho}
+        return cls(**(one_pass | settings))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a dictionary that JSON can hold."""
@@ -252,8 +291,12 @@ class XSAMConfig:
                 f"{path}: {error} If a newer hf_xsam wrote the file, update hf_xsam; otherwise correct the file."
             ) from error
 
+    def first_step(self, max_steps: int) -> int:
+        """Return the optimizer step that X-SAM begins at, of a training of `max_steps`."""
+        return math.ceil(self.start_step * max_steps) if self.start_step < 1 else int(self.start_step)
+
     def rho_at(self, step: int) -> float:
-        """Return the radius at optimizer step `step`, counted from 0, under the linear warmup."""
+        """Return the radius at X-SAM's optimizer step `step`, counted from 0, under the linear warmup."""
         return self.rho * min(1.0, step / self.rho_warmup_steps) if self.rho_warmup_steps else self.rho
 
     def eigen_interval_at(self, step: int) -> int:
@@ -267,10 +310,16 @@ class XSAMConfig:
         """Return the old eigenvector's weight at optimizer step `step`: as large a share of it as of the interval."""
         return self.eigen_momentum * self.eigen_interval_at(step) / self.eigen_interval
 
+    @property
+    def needs_eigenvector(self) -> bool:
+        """Return whether steps are corrected along the eigenvector, or perturbed along it."""
+        return self.alpha > 0 or self.perturbation == "eigenvector"
+
     def refreshes_at(self, step: int, last: int | None) -> bool:
         """Return whether the eigenvector, last refreshed at step `last`, is refreshed at step `step`, from 0."""
+        begun = self.needs_eigenvector and step >= self.eigen_start_step
         # A step that is not after the last refresh belongs to a training that has begun anew.
-        return self.corrects_at(step) and (last is None or not 0 < step - last < self.eigen_interval_at(step))
+        return begun and (last is None or not 0 < step - last < self.eigen_interval_at(step))
 
     def corrects_at(self, step: int) -> bool:
         """Return whether the gradient of optimizer step `step`, counted from 0, is corrected, not plain SAM's."""

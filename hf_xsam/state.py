@@ -23,7 +23,7 @@ class XSAMState:
         shift: spectral shift of the power iteration, 0-dimensional and at most 0: see
             [`hf_xsam.functional.power_iteration.power_iteration`].
         step: optimizer steps taken, skipped ones included.
-        refreshed_at: optimizer step of the last refresh; None before it.
+        refreshed_at: optimizer step of the last refresh, counted from X-SAM's first; None before it.
         skipped_steps: steps that were not X-SAM's because a gradient was not finite, or there was none.
     """
 

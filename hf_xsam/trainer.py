@@ -9,38 +9,25 @@ from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from .config import XSAMConfig
-from .functional.correction import correction_factors
-from .functional.perturbation import ascent_perturbation, perturbed
-from .functional.power_iteration import first_vector
-from .functional.tensors import dot, norm, set_to_combination
 from .saving.checkpoint import last_complete_checkpoint, load_state, save_state
 from .saving.hub import PushCallback, refusal_explained
 from .saving.model_card import complete_model_card, prepare_adapter_card
 from .state import XSAMState
-from .step.curvature import Curvature, top_eigenpair
-from .step.double_backward import Method, obstacle_in_arguments
-from .step.echo import check_echo, marks_of
-from .step.gradients import gradient_norm, gradients, gradients_set_aside, with_gradient
-from .step.logs import SKIPPED_STEPS, Advice, RunningMeans, alignment, chosen_metrics
-from .step.precision import loss_scale
-from .step.processes import all_finite, holds_everywhere
+from .step.curvature import top_eigenpair
+from .step.logs import SKIPPED_STEPS, Advice, chosen_metrics
 from .step.refusals import (
-    refuse_gradients_left,
     refuse_optimizer,
-    refuse_optimizer_in_hooks,
     refuse_unsupported,
 )
-from .step.replay import MicroBatch, Window
+from .step.replay import MicroBatch
 from .step.scope import in_scope, parameters_in_scope, trainable_parameters
-from .step.side_effects import Surroundings, copied, logs_dropped
+from .step.sharpness_aware import SharpnessAwareSteps
+from .step.side_effects import copied, logs_dropped
 
 if TYPE_CHECKING:
     _Trainer = Trainer  # what the mixin stands in front of
 else:
     _Trainer = object
-
-
-Parameters = Mapping[str, nn.Parameter]
 
 
 class XSAMTrainerMixin(_Trainer):
@@ -66,12 +53,6 @@ class XSAMTrainerMixin(_Trainer):
 
     rows_are_examples = True
 
-    _xsam_window: Window | None  # what is gathered of the optimizer step under way
-    _xsam_surroundings: Surroundings | None  # found at the first step of a training
-    _xsam_checked: bool  # whether a step run again was seen to be the same
-    _xsam_rows_add_up: bool | None  # whether the losses of a batch's rows do; found out at the first product
-    _xsam_hvp_method: Method | None  # chosen at the first product of a training, which shows what the model allows
-
     def __init__(self, *args: Any, xsam_config: XSAMConfig | dict[str, Any] | None = None, **kwargs: Any) -> None:
         if isinstance(xsam_config, dict | None):
             xsam_config = XSAMConfig.from_dict(xsam_config or {})
@@ -81,7 +62,7 @@ class XSAMTrainerMixin(_Trainer):
         self.xsam_config = xsam_config
         self.xsam_state = XSAMState()
         self._xsam_advice = Advice(self.xsam_config)
-        self._begin_afresh()
+        self._xsam_steps: SharpnessAwareSteps | None = None  # of a training, or of steps that are called without one
         refuse_unsupported(self, self.xsam_config)
         if trainable_parameters(self._unwrapped_model()):  # a trainer of frozen weights may still evaluate
             self._refuse_empty_scopes()
@@ -94,143 +75,45 @@ class XSAMTrainerMixin(_Trainer):
         """Run the stock step; after the last micro-batch of a window, replace the accumulated gradient by X-SAM's.
 
         Returns:
-            The stock step's loss, at the unperturbed weights.
+            The stock step's loss, at the unperturbed weights, or with `perturbation="eigenvector"` at the perturbed.
         """
-        if self._xsam_window is None:
-            self._xsam_window = self._new_window(model)
-        window = self._xsam_window
-        kept_inputs, random_state = copied(inputs), window.surroundings.random_state()
+        steps = self._xsam_steps = self._xsam_steps or self._begin_steps()
+        step = self.state.global_step - self.xsam_config.first_step(self.state.max_steps)
+        if step < 0:
+            self._xsam_has_stepped()
+            return super().training_step(model, inputs, num_items_in_batch)
         try:
-            with self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext():
+            window = steps.window or steps.begin_window(model, self._step_again, self, step)
+            kept = window.kept(inputs)
+            local = self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext()
+            with steps.along_eigenvector(step), local:
                 loss = super().training_step(model, inputs, num_items_in_batch)
-            steps = getattr(self, "current_gradient_accumulation_steps", 1)  # the Trainer sets it in train()
-            window.micro_batches.append(MicroBatch(kept_inputs, num_items_in_batch, random_state, loss, steps))
+            accumulation_steps = getattr(self, "current_gradient_accumulation_steps", 1)  # set in train()
+            window.add(kept, num_items_in_batch, loss, accumulation_steps)
             if self.accelerator.sync_gradients:
-                self._xsam_window = None
-                with logs_dropped(self), window.surroundings.undone() as window.after:
-                    self._sharpness_aware_gradient(window)
-                self.xsam_state.step = self.state.global_step + 1
+                steps.window = None
+                with logs_dropped(self), window.passes_undone():
+                    steps.replace_gradient(window, step)
+                self._xsam_has_stepped()
         except BaseException:
-            self._xsam_window = None
+            steps.window = None
             model.zero_grad()
             raise
         return loss
 
-    def _new_window(self, model: nn.Module) -> Window:
-        refuse_gradients_left(trainable_parameters(self._unwrapped_model()))
-        if self._xsam_surroundings is None:
-            self._xsam_surroundings = Surroundings(self._unwrapped_model(), self.args.device, self)
-        check_is_due = {"first": not self._xsam_checked, "every": True, "never": False}[self.xsam_config.replay_check]
-        marks = marks_of(self._xsam_surroundings.owners) if check_is_due else None
-        return Window(self._step_again, self.accelerator, model, self._xsam_surroundings, marks)
+    def _begin_steps(self) -> SharpnessAwareSteps:
+        config, state, model = self.xsam_config, self.xsam_state, self._unwrapped_model()
+        return SharpnessAwareSteps(config, state, self.accelerator, model, self.args, self.rows_are_examples)
+
+    def _xsam_has_stepped(self) -> None:
+        if self.accelerator.sync_gradients:
+            self.xsam_state.step = self.state.global_step + 1
 
     def _step_again(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         # Micro-batches left over from the end of data without a length have another divisor than the window's last one.
         self.current_gradient_accumulation_steps = micro_batch.accumulation_steps
         items = micro_batch.num_items_in_batch  # of a part of the rows no whole number, which the stock step allows
         return super().training_step(model, copied(micro_batch.inputs), items)  # type: ignore[arg-type]
-
-    def _sharpness_aware_gradient(self, window: Window) -> None:
-        """Replace the window's gradient g in `.grad` by the corrected gradient d."""
-        trainable = trainable_parameters(self._unwrapped_model())
-        if window.marks is not None:
-            refuse_optimizer_in_hooks(trainable)
-        if self._nothing_learnt(trainable):
-            self.xsam_state.skipped_steps += 1
-            return
-        self._check_replay(window, trainable)
-        refreshed = self._refresh_eigenvector(window)
-        metrics = self._gradient_at_perturbed_weights(window, trainable)
-        if self._is_usable(metrics, refreshed):
-            self._xsam_metrics.add(metrics | self._correct(trainable, metrics["perturbed_gradient_norm"]))
-        else:
-            window.leave_harmless_gradient(list(trainable.values()))
-            self.xsam_state.skipped_steps += 1
-
-    def _nothing_learnt(self, trainable: Parameters) -> bool:
-        """Return whether the window left no gradient: a training step may skip a batch, or its loss need no weight."""
-        nothing = not with_gradient(trainable)
-        if self.xsam_config.ascent == "local":  # else the gradient is that of all processes
-            return holds_everywhere(self.accelerator, nothing)
-        return nothing
-
-    def _check_replay(self, window: Window, trainable: Parameters) -> None:
-        """Where it is due, warn if the window gives another loss or gradient at the same weights."""
-        if window.marks is not None:
-            synchronize = self.xsam_config.ascent != "local"
-            self._xsam_checked = check_echo(window, list(trainable.values()), synchronize, window.marks)
-
-    def _refresh_eigenvector(self, window: Window) -> bool:
-        """Where it is due, run power iterations on the window's loss at w, from the last eigenvector.
-
-        Returns:
-            False where something was not finite: the state is left as it was, and the next step tries again.
-        """
-        config, state, step = self.xsam_config, self.xsam_state, self.state.global_step
-        if not config.refreshes_at(step, state.refreshed_at):
-            return True
-        scope = self._parameters_in("eigen_scope")
-        gradient = gradients(list(scope.values()))
-        if not all_finite(self.accelerator, [norm(gradient)]):
-            return False
-        curvature = self._curvature(window, list(scope.values()))
-        start = state.warm_start(scope) or self._first_vector(gradient)
-        with gradients_set_aside(window.model):
-            estimate = curvature.top_eigenpair(
-                start, config.power_iterations, state.shift, config.eigen_momentum_at(step), gradient
-            )
-        self._xsam_hvp_method = curvature.method
-        if estimate.is_finite():
-            state.take(estimate, scope, step)
-            return True
-        return False
-
-    def _curvature(self, window: Window, parameters: Sequence[nn.Parameter]) -> Curvature:
-        config = self.xsam_config
-        if self._xsam_rows_add_up is None:  # else each row may have a loss that is no part of the batch's
-            self._xsam_rows_add_up = config.eigen_batch_fraction == 1 or window.rows_add_up()
-        rows_are_examples = self.rows_are_examples and self._xsam_rows_add_up
-        loss = window.loss_of_part(config.eigen_batch_fraction, rows_are_examples, config.ascent != "local")
-        obstacle = obstacle_in_arguments(self.args)
-        model = self._unwrapped_model()
-        return Curvature(self.accelerator, model, parameters, loss, config.hvp, obstacle, self._xsam_hvp_method)
-
-    def _first_vector(self, gradient: Sequence[Tensor]) -> list[Tensor]:
-        if self.xsam_config.ascent == "local":
-            gradient = self.accelerator.reduce(gradient, reduction="mean")
-        return first_vector(gradient, self.args.seed)
-
-    def _gradient_at_perturbed_weights(self, window: Window, trainable: Parameters) -> dict[str, Tensor]:
-        """Put the gradient a at w + eps in place of g in `.grad`; return what is known of both passes."""
-        config, scale = self.xsam_config, loss_scale(self.accelerator)
-        weights = list(self._parameters_in("perturb_scope").values())
-        rho = config.rho_at(self.state.global_step)
-        metrics = {"gradient_norm": gradient_norm(trainable) / scale}
-        with perturbed(weights, ascent_perturbation(weights, gradients(weights), rho, config.adaptive)) as realised:
-            metrics["perturbed_loss"] = window.run()
-        metrics["sharpness"] = metrics["perturbed_loss"] - window.loss
-        if realised is not None and rho > 0:
-            metrics["realised_perturbation"] = realised
-        return metrics | {"perturbed_gradient_norm": gradient_norm(trainable) / scale}
-
-    def _is_usable(self, metrics: Mapping[str, Tensor], refreshed: bool) -> bool:
-        """Return whether both passes were finite, on all processes, and with a GradScaler the refresh too."""
-        scaler_skips = not refreshed and self.accelerator.scaler is not None
-        return not scaler_skips and all_finite(self.accelerator, metrics.values())
-
-    def _correct(self, trainable: Parameters, length: Tensor) -> dict[str, Tensor]:
-        """Put d in place of a in `.grad`, where v is known; `length` is norm(a). Return what is known of v."""
-        config, state = self.xsam_config, self.xsam_state
-        if not config.corrects_at(self.state.global_step) or state.eigenvalue is None:
-            return {}
-        # What the second pass did not reach stays without a gradient, as it would in the stock Trainer.
-        parameters = with_gradient(trainable)
-        gradient, eigenvector = gradients(list(parameters.values())), state.eigenvector_over(parameters)
-        scale = loss_scale(self.accelerator)  # which the gradient has, and the optimizer's unscaling takes from d
-        along = dot(gradient, eigenvector) / scale
-        size, change = correction_factors(length, along, config.alpha, config.correction, config.normalize_gradient)
-        set_to_combination(gradient, size, eigenvector, scale * change)
-        return {"eigenvalue": state.eigenvalue, **alignment(along, length)}
 
     def top_eigenpair(
         self, batches: Sequence[Mapping[str, Any]], iterations: int = 20
@@ -271,12 +154,17 @@ class XSAMTrainerMixin(_Trainer):
                     f"{type(self).__name__}'s training_step did not call X-SAM's. Call super().training_step in it, or "
                     "put the mixin in front: class MyXSAMTrainer(XSAMTrainerMixin, MyTrainer)."
                 )
-            steps = self._xsam_metrics.steps
-            means = self._xsam_metrics.take(self.accelerator)
             metrics: dict[str, float] = {SKIPPED_STEPS: self.xsam_state.skipped_steps}
-            metrics |= {f"xsam/{name}": mean for name, mean in means.items()}
+            if self.xsam_config.start_step:
+                begun = self.state.global_step > self.xsam_config.first_step(self.state.max_steps)
+                metrics["xsam/active"] = float(begun)
+            counted = 0
+            if self._xsam_steps is not None:
+                counted = self._xsam_steps.metrics.steps
+                means = self._xsam_steps.metrics.take(self.accelerator)
+                metrics |= {f"xsam/{name}": mean for name, mean in means.items()}
             if self.is_world_process_zero():
-                self._xsam_advice.read(logs | metrics, steps)
+                self._xsam_advice.read(logs | metrics, counted)
             logs.update(chosen_metrics(metrics, self.xsam_config.log_metrics))
         super().log(logs, *args, **kwargs)
 
@@ -315,19 +203,17 @@ class XSAMTrainerMixin(_Trainer):
         for field in ("perturb_scope", "eigen_scope"):
             self._parameters_in(field)
 
-    def _begin_afresh(self) -> None:
-        """Drop what an earlier training has left: a part of a window, means to be logged, the kind of product."""
-        self._xsam_window = self._xsam_surroundings = self._xsam_hvp_method = self._xsam_rows_add_up = None
-        self._xsam_checked = False
-        self._xsam_metrics = RunningMeans()
-
     # The Trainer's own methods. The first one is where each training begins, also where `auto_find_batch_size` tries
     # again after a step that ran out of memory.
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_empty_scopes()
-        self._begin_afresh()
-        return super()._inner_training_loop(*args, **kwargs)
+        self._xsam_steps = None
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if self._xsam_steps is not None:
+                self._xsam_steps.forget()  # what would hold this trainer in a circle of references
 
     # Without these, checkpoints would lack X-SAM's state. They are called on every process, before the checkpoint's
     # last file is written, and once the model and its optimizer are loaded.

@@ -170,7 +170,7 @@ def train(case, folder):
         result["ranks_agree"] &= bool((parts == parts[0]).all())
         trainer.evaluate(examples_of(sentences(4)))  # after which FSDP2 holds some parameters whole
         result["top_eigenvalue"] = trainer.top_eigenpair([sentences(8, seed=2)], iterations=4)[1]
-        result["method"] = trainer._xsam_hvp_method
+        result["method"] = trainer._xsam_steps.method
         result["eigenvalue"], result["step"] = trainer.xsam_state.eigenvalue.item(), trainer.xsam_state.step
     return result
 

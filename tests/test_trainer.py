@@ -243,14 +243,14 @@ class TestEigenvector:
         trainer = XSAMTrainer(bert(), args, train_dataset=data, xsam_config=XSAMConfig(eigen_interval=1))
         trainer.top_eigenpair([sentences(4)], iterations=1)
         trainer.train()
-        assert trainer._xsam_hvp_method == "finite_difference"
+        assert trainer._xsam_steps.method == "finite_difference"
 
     def test_each_training_chooses_anew(self, tmp_path):
         trainer = run(bert(), sentences(), tmp_path, XSAMConfig(), max_steps=2)
-        assert trainer._xsam_hvp_method == "exact"
+        assert trainer._xsam_steps.method == "exact"
         trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
         trainer.train()
-        assert trainer._xsam_hvp_method == "finite_difference"
+        assert trainer._xsam_steps.method == "finite_difference"
 
     @pytest.mark.parametrize(
         ("batches", "iterations", "message"),

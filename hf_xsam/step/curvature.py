@@ -80,7 +80,7 @@ class Curvature:
             RuntimeError: where hvp is "exact" and the model has no second derivative.
         """
         if self.method is None:
-            self._choose_method(gradient)
+            self.choose_method(gradient)
         exact = self.method == "exact"
         with self._exact_products() if exact else self._finite_differences(gradient) as scaled:
             reduce = self.accelerator.num_processes > 1 and (exact or self.loss.gradient_is_local)
@@ -93,10 +93,12 @@ class Curvature:
 
             yield product
 
-    def _choose_method(self, gradient: Sequence[Tensor] | None) -> None:
+    def choose_method(self, gradient: Sequence[Tensor] | None = None) -> Method:
+        """Choose how products are computed; `gradient` is what `loss.gradient(parameters)` gives, if it is known."""
         self.method = choose_method(
             self.accelerator, self._hvp, self.loss, self.parameters, self.model, self._obstacle, gradient
         )
+        return self.method
 
     def _exact(self, product: HessianVectorProduct, vector: Sequence[Tensor]) -> list[Tensor]:
         """Return H v where all processes can compute it, for all of them have to go on the same way."""
@@ -148,7 +150,7 @@ class Curvature:
                 return power_iteration(product, start, iterations, shift, momentum)
         except ExactProductError as error:
             if self._hvp != "exact":
-                self._choose_method(gradient)
+                self.choose_method(gradient)
             if self.method == "exact":
                 raise (error.__cause__ or error) from None
             logger.warning("X-SAM goes on with finite differences: %s.", error)

@@ -71,6 +71,7 @@ def check_echo(window: Window, parameters: Sequence[Tensor], synchronize: bool, 
         if holds_everywhere(accelerator, _all_equal(first, again)):
             return True
         window.before.restore()
+        assert window.surroundings is not None  # else the window could not run again
         moved = sorted(name for name, mark in marks_of(window.surroundings.owners).items() if marks.get(name) != mark)
         difference = _difference(first, again)
         if accelerator.device.type != "cpu" or accelerator.num_processes > 1:

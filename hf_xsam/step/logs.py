@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # What is logged unless all is asked for.
 SKIPPED_STEPS = "xsam/skipped_steps"
-SUMMARY = ("xsam/eigenvalue", "xsam/angle_degrees", "xsam/sharpness")
+SUMMARY = ("xsam/active", "xsam/eigenvalue", "xsam/angle_degrees", "xsam/sharpness")
 # How metrics end that an evaluation logs beside its results: the Trainer's, and TRL's.
 NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens")
 # When the perturbed loss counts as far above the loss, and over how many optimizer steps before a warning.
@@ -119,7 +119,7 @@ class Advice:
                 "If the loss does not fall, lower rho (it is %g) or raise it slowly with rho_warmup_steps.",
                 1 + LARGE_SHARPNESS,
                 self.steps_far_above,
-                logs["xsam/perturbed_loss"],
+                logs["loss"] + logs["xsam/sharpness"],
                 logs["loss"],
                 self.config.rho,
             )

@@ -17,7 +17,9 @@ from .loss import Loss
 from .modes import forward_passes_evaluated, twice_differentiable_attention
 from .processes import all_finite, holds_everywhere
 from .random_state import RandomState
-from .side_effects import Moment, Surroundings, replaced
+from .side_effects import Moment, Surroundings, copied, replaced
+
+StepAgain = Callable[[nn.Module, "MicroBatch"], Tensor]
 
 MEDIA = ("pixel_values", "image", "video", "audio", "input_features")  # how inputs beside a text are called
 
@@ -77,22 +79,42 @@ class Window:
         training_step: the stock step of a model and a micro-batch: forward, loss scaling and backward.
         accelerator: the trainer's.
         model: as prepared by the accelerator.
-        surroundings: what the steps draw from and write into; each pass starts from the same state of them.
+        surroundings: what the steps draw from and write into; each pass starts from the same state of them. None if the
+            steps are not to be run again: then nothing is kept.
         marks: for the echo check, where it is due: see [`hf_xsam.step.echo`].
         micro_batches: the window so far, in order.
         after: the moment after the first passes, from which the losses of a part start.
     """
 
-    training_step: Callable[[nn.Module, MicroBatch], Tensor]
+    training_step: StepAgain
     accelerator: Accelerator
     model: nn.Module
-    surroundings: Surroundings
+    surroundings: Surroundings | None
     marks: Mapping[str, Any] | None = None
     micro_batches: list[MicroBatch] = field(default_factory=list)
     after: Moment | None = None
 
     def __post_init__(self) -> None:
-        self.before = self.surroundings.before_step()
+        if self.surroundings is not None:
+            self.before = self.surroundings.before_step()
+
+    def kept(self, inputs: Any) -> tuple[Any, RandomState] | None:
+        """Return what it takes to run the next micro-batch again, before its first pass."""
+        return None if self.surroundings is None else (copied(inputs), self.surroundings.random_state())
+
+    def add(self, kept: tuple[Any, RandomState] | None, items: Any, loss: Tensor, accumulation_steps: int) -> None:
+        """Add the micro-batch whose first pass is over: see [`MicroBatch`]."""
+        if kept is not None:
+            self.micro_batches.append(MicroBatch(kept[0], items, kept[1], loss, accumulation_steps))
+
+    @contextmanager
+    def passes_undone(self) -> Iterator[None]:
+        """Undo within the block what passes do beside gradients: see [`Surroundings.undone`]."""
+        if self.surroundings is None:
+            yield
+        else:
+            with self.surroundings.undone() as self.after:
+                yield
 
     @property
     def loss(self) -> Tensor:
@@ -200,7 +222,7 @@ class Window:
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.fill_(torch.inf)
-        elif not all_finite(self.accelerator, [self.run(), norm(gradients(parameters))]):
+        elif self.surroundings is None or not all_finite(self.accelerator, [self.run(), norm(gradients(parameters))]):
             self.model.zero_grad()
 
     def _step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:

@@ -43,7 +43,7 @@ class TestAttention:
         config = XSAMConfig(rho=0.05, eigen_interval=1, hvp=hvp)
         with sdpa_kernel(fused):  # no other is allowed, and a step that cannot take it raises an error
             trainer = gpu_run(build("sdpa"), data(), tmp_path, config, bf16=True)
-        assert trainer._xsam_hvp_method == {"auto": "exact"}.get(hvp, hvp)
+        assert trainer._xsam_steps.method == {"auto": "exact"}.get(hvp, hvp)
         assert is_finite(trainer.xsam_state)
 
     def test_the_eigenvector_is_that_of_eager_attention_in_float32(self, tmp_path, fused, build, data):
@@ -57,14 +57,14 @@ class TestAttention:
     def test_flash_attn(self, tmp_path, build, data):
         pytest.importorskip("flash_attn")
         trainer = gpu_run(build("flash_attention_2"), data(), tmp_path, XSAMConfig(rho=0.05), bf16=True)
-        assert trainer._xsam_hvp_method == "finite_difference"
+        assert trainer._xsam_steps.method == "finite_difference"
         assert is_finite(trainer.xsam_state)
 
 
 def test_liger(tmp_path):
     pytest.importorskip("liger_kernel")
     trainer = gpu_run(wide_llama(), unpadded_text(), tmp_path, XSAMConfig(rho=0.05), bf16=True, use_liger_kernel=True)
-    assert trainer._xsam_hvp_method == "finite_difference"
+    assert trainer._xsam_steps.method == "finite_difference"
     assert is_finite(trainer.xsam_state)
 
 
@@ -90,7 +90,7 @@ def test_adapters_on_a_4_bit_model(tmp_path, hvp):
     ours = gpu_run(build(), padded_text(), tmp_path, XSAMConfig(**PLAIN), bf16=True)
     torch.testing.assert_close(adapters(ours), adapters(stock), rtol=0, atol=1e-6)
     trainer = gpu_run(build(), padded_text(), tmp_path, XSAMConfig(rho=0.05, hvp=hvp), bf16=True)
-    assert trainer._xsam_hvp_method == hvp
+    assert trainer._xsam_steps.method == hvp
     assert is_finite(trainer.xsam_state)
     assert all("lora_" in name for name in trainer.xsam_state.eigenvector)
 
@@ -102,7 +102,7 @@ class TestRecurrentNetworks:
     def test_trains(self, tmp_path, hvp):
         config = XSAMConfig(rho=0.05, eigen_interval=1, hvp=hvp)
         trainer = gpu_run(Recurrent(), sequences(), tmp_path, config)
-        assert trainer._xsam_hvp_method == hvp
+        assert trainer._xsam_steps.method == hvp
         assert is_finite(trainer.xsam_state)
         assert all(log["xsam/sharpness"] > 0 for log in logs_of(trainer))
         assert trainer.model.lstm.training
@@ -110,7 +110,7 @@ class TestRecurrentNetworks:
 
     def test_auto_takes_exact_products(self, tmp_path):
         trainer = gpu_run(Recurrent(), sequences(), tmp_path, XSAMConfig(rho=0.05, eigen_interval=1))
-        assert trainer._xsam_hvp_method == "exact"
+        assert trainer._xsam_steps.method == "exact"
 
     def test_top_eigenpair(self, tmp_path):
         value = top_eigenpair(Recurrent(), sequences(), tmp_path, use_cpu=False)[1]
@@ -145,6 +145,6 @@ class TestCompiled:
         eager = gpu_run(bert(), sentences(32), tmp_path, config, **settings)
         torch._dynamo.reset()
         ours = gpu_run(bert(), sentences(32), tmp_path, config, torch_compile=True, **settings)
-        assert ours._xsam_hvp_method == hvp
+        assert ours._xsam_steps.method == hvp
         assert ours.xsam_state.eigenvalue.item() == pytest.approx(eager.xsam_state.eigenvalue.item(), rel=0.05)
         torch.testing.assert_close(weights_of(ours.model), weights_of(eager.model), rtol=0, atol=1e-3)

@@ -58,7 +58,7 @@ class TestEigenvalue:
         )  # fmt: skip
         trainer.train()
         assert is_finite(trainer.xsam_state)
-        assert trainer._xsam_hvp_method == hvp
+        assert trainer._xsam_steps.method == hvp
         assert trainer.xsam_state.skipped_steps < 10
         assert {part.dtype for part in trainer.xsam_state.eigenvector.values()} == {torch.float32}
         return trainer.xsam_state.eigenvalue.item()
@@ -107,7 +107,7 @@ class TestLoRAOnBfloat16:
     def test_training(self, tmp_path):
         config = XSAMConfig(rho=0.05, eigen_scope="lora", eigen_interval=1)
         trainer = gpu_run(self.build(), sentences(), tmp_path, config, bf16=True)
-        assert trainer._xsam_hvp_method == "exact"
+        assert trainer._xsam_steps.method == "exact"
         assert is_finite(trainer.xsam_state)
         assert all("lora_" in name for name in trainer.xsam_state.eigenvector)
         assert all(log["xsam/sharpness"] > 0 for log in logs_of(trainer))

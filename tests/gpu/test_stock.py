@@ -92,7 +92,7 @@ class TestEqualsTheCPU:
         ours = self.trained(build, data(), gpu_arguments(tmp_path), hvp)
         expected = self.trained(build, data(), arguments(tmp_path), hvp)
         torch.testing.assert_close(weights_of(ours.model).cpu(), weights_of(expected.model), rtol=0, atol=tolerance)
-        assert ours._xsam_hvp_method == hvp
+        assert ours._xsam_steps.method == hvp
         assert ours.xsam_state.eigenvalue.item() == pytest.approx(expected.xsam_state.eigenvalue.item(), rel=1e-4)
 
     @pytest.mark.parametrize(("build", "data"), [(bert, sentences), (llama, padded_text), (Convolutions, images)])

@@ -160,7 +160,7 @@ def test_a_corrected_step_counts_once(model, tmp_path, ours, stock, config_class
         trainers.append(kind(model=model, args=args, train_dataset=data, eval_dataset=data, **config))
         trainers[-1].train()
     stock_logs, our_logs = logs_of(trainers[0]), logs_of(trainers[1])
-    assert trainers[1]._xsam_hvp_method == method
+    assert trainers[1]._xsam_steps.method == method
     assert our_logs[0]["xsam/eigenvalue"] != 0
     assert not torch.equal(weights_of(trainers[0].model), weights_of(trainers[1].model))
     # Before the first update the metrics are the stock trainer's; the tokens are so throughout.
@@ -182,7 +182,7 @@ def test_offloaded_activations_are_read_once(model, tmp_path):
     trainer = XSAMRewardTrainer(model=model, args=args, train_dataset=PREFERENCES, eval_dataset=PREFERENCES)
     args.activation_offloading = True  # only now: TRL itself wants an accelerator for it
     trainer.train()
-    assert trainer._xsam_hvp_method == "finite_difference"
+    assert trainer._xsam_steps.method == "finite_difference"
     assert logs_of(trainer)[0]["xsam/eigenvalue"] != 0
 
 

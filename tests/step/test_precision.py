@@ -168,7 +168,7 @@ def test_a_compiled_model_gives_the_same(tmp_path, backend, hvp):
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
     tolerance = 1e-6 if hvp == "exact" else 1e-4
     torch.testing.assert_close(weights_of(compiled.model), weights_of(eager.model), rtol=0, atol=tolerance)
-    assert compiled._xsam_hvp_method == hvp
+    assert compiled._xsam_steps.method == hvp
     assert list(compiled.xsam_state.eigenvector) == list(eager.xsam_state.eigenvector)
     for before, after in zip(recorder.before, recorder.after_gradient, strict=True):
         assert torch.equal(before, after)

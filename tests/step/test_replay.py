@@ -119,7 +119,7 @@ def test_without_perturbation_it_is_the_stock_run(build, kind, accumulation, tmp
     assert torch.isfinite(weights_of(corrected.model)).all()
     assert not torch.equal(weights_of(corrected.model), weights_of(stock.model))
     method = "finite_difference" if kind is CallsBackward else "exact"
-    assert corrected._xsam_hvp_method == method or (kind is SkipsBatches and accumulation > 1)
+    assert corrected._xsam_steps.method == method or (kind is SkipsBatches and accumulation > 1)
 
 
 def test_a_training_step_that_leaves_out_ours_is_named(tmp_path):

@@ -1,0 +1,263 @@
+"""X-SAM's optimizer steps: each replaces the gradient that the Trainer has accumulated by a sharpness-aware one."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from ..config import XSAMConfig
+from ..functional.correction import correction_factors
+from ..functional.perturbation import ascent_perturbation, perturbed
+from ..functional.power_iteration import first_vector, power_iteration
+from ..functional.tensors import dot, multiply, norm, scale, set_to_combination
+from ..state import XSAMState
+from .curvature import Curvature
+from .double_backward import Method, obstacle_in_arguments
+from .echo import check_echo, marks_of
+from .gradients import gradient_norm, gradients, gradients_set_aside, with_gradient
+from .logs import RunningMeans, alignment
+from .precision import loss_scale
+from .processes import all_finite, holds_everywhere
+from .refusals import refuse_gradients_left, refuse_optimizer_in_hooks
+from .replay import StepAgain, Window
+from .scope import parameters_in_scope, trainable_parameters
+from .side_effects import Surroundings
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+class SharpnessAwareSteps:
+    """The optimizer steps of one training, and what is found out along it.
+
+    Args:
+        config: X-SAM's settings.
+        state: what a checkpoint carries; each step changes it.
+        accelerator: the trainer's.
+        model: without wrappers.
+        args: the trainer's.
+        rows_are_examples: see [`~hf_xsam.XSAMTrainerMixin`].
+
+    Attributes:
+        window: what is gathered of the optimizer step under way.
+        metrics: of the steps since the last log.
+        method: how Hessian-vector products are computed, chosen at the first one, which shows what the model allows.
+    """
+
+    def __init__(
+        self,
+        config: XSAMConfig,
+        state: XSAMState,
+        accelerator: Accelerator,
+        model: nn.Module,
+        args: TrainingArguments,
+        rows_are_examples: bool,
+    ) -> None:
+        self.config, self.state, self.accelerator, self.model, self.args = config, state, accelerator, model, args
+        self.window: Window | None = None
+        self.metrics = RunningMeans()
+        self.method: Method | None = None
+        self._rows_are_examples = rows_are_examples
+        self._rows_add_up: bool | None = None  # whether the losses of a batch's rows do; found out at the first product
+        self._checked = False  # whether a step run again was seen to be the same
+        self._surroundings: Surroundings | None = None  # found at the first step whose micro-batches are kept
+        self._realised: Tensor | None = None  # of the last perturbation along the eigenvector
+
+    def begin_window(self, model: nn.Module, training_step: StepAgain, trainer: Any, step: int) -> Window:
+        """Begin optimizer step `step`; its micro-batches are kept if they will be run again.
+
+        Args:
+            model: as prepared by the accelerator.
+            training_step: runs a micro-batch again.
+            trainer: whose attributes the steps may change.
+            step: counted from the first step that is X-SAM's.
+        """
+        refuse_gradients_left(trainable_parameters(self.model))
+        check_is_due = {"first": not self._checked, "every": True, "never": False}[self.config.replay_check]
+        refresh_is_due = self.config.refreshes_at(step, self.state.refreshed_at)
+        surroundings, marks = None, None
+        if check_is_due or refresh_is_due or not self._takes_one_pass:
+            surroundings = self._surroundings or Surroundings(self.model, self.args.device, trainer)
+            marks = marks_of(surroundings.owners) if check_is_due else None
+            self._surroundings = surroundings
+        self.window = Window(training_step, self.accelerator, model, surroundings, marks)
+        return self.window
+
+    def replace_gradient(self, window: Window, step: int) -> None:
+        """Replace the window's gradient in `.grad` by X-SAM's, the corrected gradient d."""
+        trainable = trainable_parameters(self.model)
+        if self._nothing_learnt(window, trainable):
+            self.state.skipped_steps += 1
+            return
+        self._check_replay(window, trainable, step)
+        refreshed = self._refresh_eigenvector(window, trainable, step)
+        metrics = self._gradient_at_perturbed_weights(window, trainable, step)
+        if self._is_usable(metrics, refreshed):
+            self.metrics.add(metrics | self._correct(trainable, metrics["perturbed_gradient_norm"], step))
+        else:
+            window.leave_harmless_gradient(list(trainable.values()))
+            self.state.skipped_steps += 1
+
+    @contextmanager
+    def along_eigenvector(self, step: int, side: int = 1) -> Iterator[None]:
+        """Hold the weights at w + side * eps within the block, eps = s * rho * v, if steps are perturbed along v.
+
+        The sign s is 1 and -1 in turn, by the step alone: the same on all processes and after a resume. Without a v
+        yet, the weights stay at w.
+        """
+        rho = self.config.rho_at(step) * (1 if step % 2 == 0 else -1) * side
+        if not self._takes_one_pass or self.state.eigenvalue is None or rho == 0:
+            yield
+            return
+        scope = self._parameters_in("eigen_scope")
+        eigenvector = self.state.eigenvector_over(scope)
+        factor = torch.tensor(rho, dtype=eigenvector[0].dtype, device=eigenvector[0].device)
+        with perturbed(list(scope.values()), scale(factor, eigenvector)) as self._realised:
+            yield
+
+    def forget(self) -> None:
+        """Let go of the trainer that the steps were of."""
+        self.window = self._surroundings = None
+
+    @property
+    def _takes_one_pass(self) -> bool:
+        return self.config.perturbation == "eigenvector"
+
+    @property
+    def _synchronizes(self) -> bool:
+        return self.config.ascent != "local"
+
+    def _nothing_learnt(self, window: Window, trainable: Parameters) -> bool:
+        """Return whether the window left no gradient: a training step may skip a batch, or its loss need no weight."""
+        if window.marks is not None:
+            refuse_optimizer_in_hooks(trainable)
+        nothing = not with_gradient(trainable)
+        # The gradient is that of all processes, or each has its own.
+        return nothing if self._synchronizes else holds_everywhere(self.accelerator, nothing)
+
+    def _check_replay(self, window: Window, trainable: Parameters, step: int) -> None:
+        """Where it is due, warn if the window gives another loss or gradient at the same weights."""
+        if window.marks is not None:
+            with self.along_eigenvector(step):
+                self._checked = check_echo(window, list(trainable.values()), self._synchronizes, window.marks)
+
+    def _refresh_eigenvector(self, window: Window, trainable: Parameters, step: int) -> bool:
+        """Where it is due, run power iterations on the window's loss at w, from the last eigenvector.
+
+        Returns:
+            False where something was not finite: the state is left as it was, and the next step tries again.
+        """
+        config, state = self.config, self.state
+        if not config.refreshes_at(step, state.refreshed_at):
+            return True
+        scope = self._parameters_in("eigen_scope")
+        parameters = list(scope.values())
+        gradient = gradients(parameters)
+        if not all_finite(self.accelerator, [norm(gradient)]):
+            return False
+        start = state.warm_start(scope) or self._first_vector(gradient)
+        momentum = config.eigen_momentum_at(step)
+        curvature = self._curvature(window, parameters, gradient)
+        if self._takes_one_pass and state.eigenvalue is not None and self.method == "finite_difference":
+            product = self._product_from_both_sides(window, trainable, parameters, step)
+            estimate = power_iteration(lambda _: product, start, 1, state.shift, momentum)
+        else:
+            with gradients_set_aside(window.model):
+                estimate = curvature.top_eigenpair(start, config.power_iterations, state.shift, momentum, gradient)
+            self.method = curvature.method
+        if estimate.is_finite():
+            state.take(estimate, scope, step)
+            return True
+        return False
+
+    def _curvature(self, window: Window, parameters: Sequence[nn.Parameter], gradient: Sequence[Tensor]) -> Curvature:
+        config = self.config
+        if self._rows_add_up is None:  # else each row may have a loss that is no part of the batch's
+            self._rows_add_up = config.eigen_batch_fraction == 1 or window.rows_add_up()
+        rows_are_examples = self._rows_are_examples and self._rows_add_up
+        loss = window.loss_of_part(config.eigen_batch_fraction, rows_are_examples, self._synchronizes)
+        obstacle = obstacle_in_arguments(self.args)
+        curvature = Curvature(self.accelerator, self.model, parameters, loss, config.hvp, obstacle, self.method)
+        if self.method is None:
+            with gradients_set_aside(window.model):
+                self.method = curvature.choose_method(gradient)
+        return curvature
+
+    def _product_from_both_sides(
+        self, window: Window, trainable: Parameters, parameters: Sequence[nn.Parameter], step: int
+    ) -> list[Tensor]:
+        """Return H v = (g(w + eps) - g(w - eps)) / (2 s rho), eps = s * rho * v, from one more pass, at w - eps.
+
+        It leaves the mean of the two gradients, which is closer to that of L + rho^2 / 2 * lambda than either.
+
+        Args:
+            window: whose gradient at w + eps is in `.grad`.
+            trainable: parameters by name.
+            parameters: those that H is taken with respect to.
+            step: X-SAM's.
+        """
+        there = gradients(parameters)
+        with gradients_set_aside(window.model):
+            with self.along_eigenvector(step, side=-1):
+                window.run()
+            here = gradients(parameters)
+            others = {name: parameter.grad for name, parameter in trainable.items()}
+        signed_rho = self.config.rho_at(step) * (1 if step % 2 == 0 else -1)
+        product = [(x - y) / (2 * signed_rho) for x, y in zip(there, here, strict=True)]
+        multiply(product, 1 / loss_scale(self.accelerator))
+        for name, parameter in trainable.items():
+            other = others[name]
+            if parameter.grad is not None and other is not None:
+                parameter.grad.add_(other).mul_(0.5)
+        return product
+
+    def _first_vector(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        if not self._synchronizes:
+            gradient = self.accelerator.reduce(gradient, reduction="mean")
+        return first_vector(gradient, self.args.seed)
+
+    def _gradient_at_perturbed_weights(self, window: Window, trainable: Parameters, step: int) -> dict[str, Tensor]:
+        """Put the gradient a at w + eps in place of g in `.grad`; return what is known of both passes.
+
+        If steps are perturbed along the eigenvector, `.grad` holds a already.
+        """
+        config, scale = self.config, loss_scale(self.accelerator)
+        rho = config.rho_at(step)
+        if self._takes_one_pass:
+            metrics, realised = {}, self._realised
+            if self.state.eigenvalue is not None:
+                metrics = {"eigenvalue": self.state.eigenvalue, "sharpness": rho**2 / 2 * self.state.eigenvalue}
+        else:
+            metrics = {"gradient_norm": gradient_norm(trainable) / scale}
+            weights = list(self._parameters_in("perturb_scope").values())
+            with perturbed(weights, ascent_perturbation(weights, gradients(weights), rho, config.adaptive)) as realised:
+                metrics["perturbed_loss"] = window.run()
+            metrics["sharpness"] = metrics["perturbed_loss"] - window.loss
+        if realised is not None and rho > 0:
+            metrics["realised_perturbation"] = realised
+        return metrics | {"perturbed_gradient_norm": gradient_norm(trainable) / scale}
+
+    def _is_usable(self, metrics: Mapping[str, Tensor], refreshed: bool) -> bool:
+        """Return whether the passes were finite, on all processes, and with a GradScaler the refresh too."""
+        scaler_skips = not refreshed and self.accelerator.scaler is not None
+        return not scaler_skips and all_finite(self.accelerator, metrics.values())
+
+    def _correct(self, trainable: Parameters, length: Tensor, step: int) -> dict[str, Tensor]:
+        """Put d in place of a in `.grad`, where v is known; `length` is norm(a). Return what is known of v."""
+        config, state = self.config, self.state
+        if not config.corrects_at(step) or state.eigenvalue is None:
+            return {}
+        # What the second pass did not reach stays without a gradient, as it would in the stock Trainer.
+        parameters = with_gradient(trainable)
+        gradient, eigenvector = gradients(list(parameters.values())), state.eigenvector_over(parameters)
+        scale = loss_scale(self.accelerator)  # which the gradient has, and the optimizer's unscaling takes from d
+        along = dot(gradient, eigenvector) / scale
+        size, change = correction_factors(length, along, config.alpha, config.correction, config.normalize_gradient)
+        set_to_combination(gradient, size, eigenvector, scale * change)
+        return {"eigenvalue": state.eigenvalue, **alignment(along, length)}
+
+    def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
+        return parameters_in_scope(self.model, getattr(self.config, field), f"XSAMConfig.{field}")
