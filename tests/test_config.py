@@ -71,6 +71,7 @@ def test_the_papers_settings():
     assert XSAMConfig.paper(eigen_start_step=0).eigen_start_step == 0
     assert XSAMConfig.paper().to_dict() == {
         "log_metrics": "summary",
+        "replay_check": "first",
         "rho": 0.05,
         "adaptive": False,
         "alpha": 0.2,
@@ -122,7 +123,7 @@ def test_saved_beside_a_model_and_read_back(tmp_path):
         (b"\xff", "is damaged"),
         (b"[]", "is damaged .it holds a list, not an object"),
         (b'{"sigma": 1}', "XSAMConfig has no field sigma; .* If a newer hf_xsam wrote the file, update"),
-        (b'{"rho": -1}', "XSAMConfig.rho is -1; it must be at least 0. .* else correct it"),
+        (b'{"rho": -1}', "XSAMConfig.rho is -1; it must be at least 0. .* otherwise correct the file"),
     ],
 )
 def test_a_file_that_is_missing_or_wrong_is_named(tmp_path, content, message):

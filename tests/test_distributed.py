@@ -257,7 +257,7 @@ class TestResume:
             assert result["step"] == 4
             assert_close(result["eigenvector"], uninterrupted[strategy]["eigenvector"], 0)
             assert_close(result["weights"], uninterrupted[strategy]["weights"], 0.05)
-        assert f"written by 2 processes and {processes} resume it" in said
+        assert f"written by 2 processes, and {processes} resume it" in said
 
     def test_each_process_wrote_its_part(self, folder, uninterrupted):
         sharded, whole = folder / "fsdp2 checkpoints" / "checkpoint-2", folder / "ddp checkpoints" / "checkpoint-2"

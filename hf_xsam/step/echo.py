@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..functional.tensors import norm
+from ..functional.tensors import local, norm
 from .gradients import gradients, gradients_set_aside
 from .precision import coarsest_dtype
 from .processes import all_finite, holds_everywhere
@@ -101,7 +101,8 @@ def _run(window: Window, parameters: Sequence[Tensor], synchronize: bool) -> lis
 
 
 def _all_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(x == y).all().to(one[0].device) for x, y in zip(one, other, strict=True)]).all()
+    pairs = zip(map(local, one), map(local, other), strict=True)
+    return torch.stack([(x == y).all().to(one[0].device) for x, y in pairs]).all()
 
 
 def _difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

@@ -289,5 +289,5 @@ def test_settings_from_the_hub(hub, tmp_path):
         XSAMConfig.from_pretrained("tester/none", **options)
     with pytest.raises(OSError, match="'tester/tiny' is not a local folder.*Revision Not Found.*revision"):
         XSAMConfig.from_pretrained(REPO, revision="v2", **options)
-    with pytest.raises(OSError, match=f"'{tmp_path}/none' is no folder here"):
+    with pytest.raises(OSError, match=f"'{tmp_path}/none' is not a local folder"):
         XSAMConfig.from_pretrained(tmp_path / "none")
