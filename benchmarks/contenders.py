@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from workload import Workload
 
 from hf_xsam import XSAMConfig, XSAMTrainer
+from hf_xsam.step.sharpness_aware import SharpnessAwareSteps
 
 
 def clock() -> float:
@@ -89,9 +90,15 @@ class HandWrittenSAM:
 class SteadyXSAMTrainer(XSAMTrainer):
     """Does once what is done once in a training, and not in each block, which is a training of its own."""
 
-    def _begin_afresh(self) -> None:
-        if self.state.global_step == 0:
-            super()._begin_afresh()
+    before: SharpnessAwareSteps | None = None
+
+    def _begin_steps(self) -> SharpnessAwareSteps:
+        steps = super()._begin_steps()
+        if self.before is not None:
+            for name in ("method", "_rows_add_up", "_checked"):
+                setattr(steps, name, getattr(self.before, name))
+        self.before = steps
+        return steps
 
 
 def xsam(config: XSAMConfig) -> Callable[..., XSAMTrainer]:

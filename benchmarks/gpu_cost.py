@@ -34,7 +34,7 @@ def figures(make: Callable[..., TrainerContender], workload: Workload, steps: in
         "seconds": blocks[1:],
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "trainable": sum(p.numel() for p in weights),
-        "product": getattr(contender.trainer, "_xsam_steps.method", None),
+        "product": getattr(getattr(contender.trainer, "_xsam_steps", None), "method", None),
     }
 
 

@@ -138,7 +138,11 @@ def train(case, folder):
     args = arguments(folder, **extra, **case.get("arguments", {}))
     model = MODELS[case.get("model", "bert")]().to(getattr(torch, case.get("dtype", "float64")))
     observer, config = Observer(), case.get("config")
-    mine = {} if config is None else {"xsam_config": XSAMConfig(**{"log_metrics": "all", "replay_check": "never", **config})}
+    mine = (
+        {}
+        if config is None
+        else {"xsam_config": XSAMConfig(**{"log_metrics": "all", "replay_check": "never", **config})}
+    )
     trainer = (MeanLoss if config is None else MeanLossXSAM)(
         model=model, args=args, train_dataset=examples_of(sentences(case.get("examples", 32))), callbacks=[observer],
         **({} if sharded else {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-2})}), **mine,

@@ -71,6 +71,8 @@ def test_the_papers_settings():
     assert XSAMConfig.paper(eigen_start_step=0).eigen_start_step == 0
     assert XSAMConfig.paper().to_dict() == {
         "log_metrics": "summary",
+        "perturbation": "gradient",
+        "start_step": 0,
         "replay_check": "first",
         "rho": 0.05,
         "adaptive": False,
