@@ -13,8 +13,8 @@ class PlotArguments:
 
     runs: list[str] = field(
         metadata={
-            "help": "Output folder of a Trainer, with its trainer_state.json or checkpoints, and sharpness.json where "
-            "hf-xsam sharpness has written it; a trainer_state.json; or a folder with a sharpness.json alone."
+            "help": "Output folder of a Trainer, with its trainer_state.json or checkpoints, and the sharpness.json of "
+            "hf-xsam sharpness if there is one; a trainer_state.json; or a folder with only a sharpness.json."
         }
     )
     output: str = field(default="plot", metadata={"help": f"Folder to write {FIGURE_NAME} and {PAGE_NAME} into."})
@@ -38,7 +38,7 @@ def run(arguments: PlotArguments) -> None:
     if not drawn:
         names = ", ".join(arguments.runs)
         raise RunError(
-            f"Nothing to draw in {names}: no loss was logged yet, and no slice of it measured; train longer, or lower "
+            f"Nothing to draw in {names}: no loss was logged and no slice was measured; train longer, or lower "
             "logging_steps."
         )
     folder = Path(arguments.output)
