@@ -30,7 +30,7 @@ def run(arguments: PlotArguments) -> None:
         ValueError: if a run cannot be read, or there is nothing to draw; mostly a `RunError`.
         OSError: if the folder cannot be written into.
     """
-    # Here, and not for the options' help: matplotlib and torch take seconds.
+    # Not needed for the options' help, and matplotlib and torch take seconds.
     from ..plotting import RunError, build_panels, draw_figure, read_runs, render_page
 
     runs = read_runs(arguments.runs)

@@ -90,7 +90,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def draw_table(axes: Axes, table: Table, names: Sequence[str], width: float) -> None:
-    """Draw the table in place of the axes, over `width` inches."""
+    """Draw the table instead of the axes, `width` inches wide."""
     axes.set_axis_off()
     axes.set_title(table.title, fontsize=10)
     first, other = (part / (0.34 + 0.17 * len(names)) for part in (0.34, 0.17))

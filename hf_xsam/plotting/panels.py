@@ -11,7 +11,7 @@ STEP = "optimizer step"
 DISTANCE = "distance from the final weights"
 MINUS = "\N{MINUS SIGN}"
 TESTS = ("test_", "predict_")  # how the names of a test's results start, in the recipes and in Transformers' examples
-COUNTS = ("epoch", "samples", "total_flos")  # how names end that are no results, beside `NOT_RESULTS`
+COUNTS = ("epoch", "samples", "total_flos")  # more endings, beside `NOT_RESULTS`, of numbers that are not results
 WORDS = {"eval": "evaluation", "gib": "(GiB)"}  # parts of logged names, in words
 ESTIMATE = (
     "The estimate that X-SAM logs while it trains, from one batch at a time: it is noisy and usually too low, so do "
@@ -34,7 +34,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves in the same axes. `log` is whether the y-axis is logarithmic, `note` what to know when reading them."""
+    """Curves in the same axes. `log` is whether the y-axis is logarithmic; `note` says how to read the curves."""
 
     title: str
     x_label: str
@@ -45,7 +45,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a name and a cell for each run; an empty cell where a run lacks the figure."""
+    """Rows of a name and a cell for each run; an empty cell if a run lacks the figure."""
 
     title: str
     rows: dict[str, list[str]]
@@ -120,7 +120,7 @@ def settings_table(runs: Sequence[Run]) -> Table | None:
 def settings_of(run: Run) -> dict[str, str]:
     """Return how the run was trained, with an empty text for what its folder does not say."""
     with_xsam = any(name.startswith("xsam/") for line in run.history for name in line)
-    # A stock run may have been trained into the folder of an earlier one.
+    # The file may be left from an earlier run in the same folder.
     config = run.xsam_config if with_xsam or not run.history else None
     corrected = bool(config.alpha if config else run.points("xsam/eigenvalue"))
     method = "X-SAM" if corrected else "SAM" if config or with_xsam else "stock Trainer" if run.history else ""
@@ -152,7 +152,7 @@ def last_values(drawn: Sequence[Panel], count: int) -> Table:
 
 
 def measured_table(runs: Sequence[Run]) -> Table | None:
-    """Return what was measured of the trained models; None where nothing was."""
+    """Return what was measured of the trained models; None if nothing was."""
     figures = [run.sharpness.figures if run.sharpness else {} for run in runs]
     columns = [{name: " ± ".join(map(number, values)) for name, values in column.items()} for column in figures]
     return _table("Measured after training", columns)

@@ -22,7 +22,7 @@ class Measured:
     """The contents of a `sharpness.json`.
 
     Attributes:
-        figures: numbers by name, each with its standard error where it has one.
+        figures: numbers by name, each with its standard error if it has one.
         slices: loss by distance, by direction.
         settings: text by name.
     """
