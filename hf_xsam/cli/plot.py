@@ -1,4 +1,4 @@
-"""`hf-xsam plot`: runs side by side, as one figure and as one page for the browser."""
+"""Draw runs side by side, as one figure and as one page for the browser."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +9,12 @@ PAGE_NAME = "runs.html"
 
 @dataclass
 class PlotArguments:
-    """Which runs to draw, and where to."""
+    """Which runs to draw, and where to write the files."""
 
     runs: list[str] = field(
         metadata={
-            "help": "Output folder of a Trainer, with its trainer_state.json or checkpoints, and sharpness.json where "
-            "hf-xsam sharpness has written it; a trainer_state.json; or a folder with a sharpness.json alone."
+            "help": "Output folder of a Trainer, with its trainer_state.json or checkpoints, and the sharpness.json of "
+            "hf-xsam sharpness if there is one; a trainer_state.json; or a folder with only a sharpness.json."
         }
     )
     output: str = field(default="plot", metadata={"help": f"Folder to write {FIGURE_NAME} and {PAGE_NAME} into."})
@@ -27,10 +27,10 @@ def run(arguments: PlotArguments) -> None:
     """Draw the runs into `arguments.output`, and print the paths of the two files.
 
     Raises:
-        RunError: for a run that cannot be read, or runs without anything to draw.
-        OSError: for a folder that cannot be written into.
+        ValueError: if a run cannot be read, or there is nothing to draw; mostly a `RunError`.
+        OSError: if the folder cannot be written into.
     """
-    # Here, and not for the options' help: matplotlib and torch take seconds.
+    # Not needed for the options' help, and matplotlib and torch take seconds.
     from ..plotting import RunError, build_panels, draw_figure, read_runs, render_page
 
     runs = read_runs(arguments.runs)
@@ -38,7 +38,7 @@ def run(arguments: PlotArguments) -> None:
     if not drawn:
         names = ", ".join(arguments.runs)
         raise RunError(
-            f"Nothing to draw in {names}: no loss was logged yet, and no slice of it measured; train longer, or lower "
+            f"Nothing to draw in {names}: no loss was logged and no slice was measured; train longer, or lower "
             "logging_steps."
         )
     folder = Path(arguments.output)

@@ -1,4 +1,4 @@
-"""Models as they were saved: what task they are for, and how to load them with what was trained in them trainable."""
+"""Saved models: the task of each, and how to load it with its trained parameters trainable."""
 
 import os
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..step.refusals import first_line
 
 Task = Literal["text-classification", "image-classification", "text-generation"]
 
-# By what the class of a model is called, and for PEFT's adapters by their task_type.
+# By a part of the model class's name, and for PEFT's adapters by their task_type.
 TASKS: dict[str, Task] = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
@@ -40,7 +40,7 @@ class SavedModel:
 
     Attributes:
         name: its folder or name on the hub.
-        task: as the hub calls it.
+        task: its name on the hub.
         config: its own, or its base model's.
         base: for a PEFT adapter, its base model's folder or name; else None.
     """
@@ -55,11 +55,11 @@ class SavedModel:
         """Return what is known of a model without loading it.
 
         Raises:
-            ValueError: where there is none, or it is for another task; the message says what to do.
+            ValueError: if there is none, or it is for another task; the message says what to do.
         """
         try:
             adapter = find_adapter_config_file(name)
-        except (OSError, ValueError):  # for a name that cannot be one on the hub; asked for its config, it is refused
+        except (OSError, ValueError):  # for an impossible name, which is refused when its config is read
             adapter = None
         if adapter is None:
             config = _config(name)
@@ -81,7 +81,7 @@ class SavedModel:
         """Return the model in float32, an adapter on its base model and trainable; `settings` override the config's.
 
         Raises:
-            ValueError: where its weights cannot be loaded.
+            ValueError: if its weights cannot be loaded.
         """
         try:
             model = LOADERS[self.task].from_pretrained(self.base or self.name, dtype="float32", **settings)
@@ -100,7 +100,7 @@ def _config(name: str) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         if not os.path.isdir(name):
             raise ValueError(
-                f"{name!r} is no folder here, and no model that the hub gives us ({first_line(error)})."
+                f"{name!r} is neither a local folder nor a model that can be loaded from the hub ({first_line(error)})."
             ) from error
         checkpoints = [path.name for path in checkpoints_in(name)]
         instead = f"Measure one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else ""
@@ -113,6 +113,6 @@ def _task(name: str, architectures: list[str]) -> Task:
             if part in architecture:
                 return task
     raise ValueError(
-        f"{name!r} is a {', '.join(architectures) or 'model of no architecture that its config names'}; it must be one "
+        f"{name!r} is a {', '.join(architectures) or 'model whose config names no architecture'}; it must be a model "
         "for text classification, image classification or causal language modelling."
     )

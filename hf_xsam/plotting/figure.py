@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from .panels import ESTIMATED, STEP, Panel, Table, measured_table
+from .panels import STEP, Panel, Table, measured_table, row_sizes
 from .runs import Run
 
 # Colours for all kinds of colour vision (after Okabe and Ito, darker: 4.5:1 on white). Dashes and markers differ too;
@@ -49,21 +49,19 @@ def draw_figure(runs: Sequence[Run], drawn: Sequence[Panel], path: Path) -> None
     """Draw the runs' names, all panels, and below them a table of what was measured, into one PNG."""
     table = measured_table(runs)
     names = [run.name for run in runs]
-    columns = min(3, len(drawn))
-    rows = math.ceil(len(drawn) / columns)
-    width, height = 4.4 * columns, 3.1 * rows + 0.3 * math.ceil(len(runs) / columns)
+    sizes = row_sizes(len(drawn))
+    columns = sizes[0]
+    width, height = 4.4 * columns, 3.1 * len(sizes) + 0.3 * math.ceil(len(runs) / columns)
     below = 0.27 * (len(table.rows) + 2) + 0.2 if table else 0.0
     with style(10):
         figure = Figure(figsize=(width, height + below), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
         parts = figure.subfigures(2 if table else 1, 1, squeeze=False, height_ratios=[height, below][: 1 + bool(table)])
-        grid = parts[0, 0].add_gridspec(rows, columns)
-        for place, panel in enumerate(drawn):
-            axes = parts[0, 0].add_subplot(grid[divmod(place, columns)])
+        grid = parts[0, 0].add_gridspec(len(sizes), 6)
+        places = [(row, 6 // size * place, 6 // size) for row, size in enumerate(sizes) for place in range(size)]
+        for (row, first, span), panel in zip(places, drawn, strict=True):
+            axes = parts[0, 0].add_subplot(grid[row, first : first + span])
             axes.set_title(fill(panel.title, 46), fontsize=10)
             draw_panel(axes, panel)
-            if kinds := dict.fromkeys(curve.kind for curve in panel.curves if curve.kind):
-                handles = [Line2D([], [], color=INK, linewidth=line_style(0, kind)["linewidth"]) for kind in kinds]
-                axes.legend(handles, list(kinds), fontsize=8, frameon=False)
         handles = [Line2D([], [], **line_style(i)) for i in range(len(runs))]
         labels = [fill(name, 44, break_on_hyphens=False) for name in names]
         parts[0, 0].legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, handlelength=4)
@@ -78,8 +76,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         xs = sorted(curve.points)
         gap = max(1, len(xs) // 8)
         first = curve.run * gap // 3 % gap  # so that markers of neighbouring curves do not overlap
-        style_of = line_style(curve.run, curve.kind)
-        axes.plot(xs, [curve.points[x] for x in xs], **style_of, markevery=(first, gap))
+        axes.plot(xs, [curve.points[x] for x in xs], **line_style(curve.run), markevery=(first, gap))
     axes.set_xlabel(panel.x_label)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICKS, integer=panel.x_label == STEP))
     if panel.log:
@@ -93,7 +90,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def draw_table(axes: Axes, table: Table, names: Sequence[str], width: float) -> None:
-    """Draw the table in place of the axes, over `width` inches."""
+    """Draw the table instead of the axes, `width` inches wide."""
     axes.set_axis_off()
     axes.set_title(table.title, fontsize=10)
     first, other = (part / (0.34 + 0.17 * len(names)) for part in (0.34, 0.17))
@@ -113,15 +110,13 @@ def draw_table(axes: Axes, table: Table, names: Sequence[str], width: float) -> 
         cell.PAD = 0.02
 
 
-def line_style(run: int, kind: str = "") -> dict[str, Any]:
-    """Return the Line2D options of a run's curves; estimates are thin and have no markers."""
-    dashes, marker = DASHES[run % len(DASHES)], MARKERS[run % len(MARKERS)]
-    thin = kind == ESTIMATED
+def line_style(run: int) -> dict[str, Any]:
+    """Return the Line2D options of a run's curves."""
     return {
         "color": COLOURS[run % len(COLOURS)],
-        "linestyle": dashes,
-        "linewidth": 1.0 if thin else 1.8,
-        "marker": "" if thin else marker,
+        "linestyle": DASHES[run % len(DASHES)],
+        "linewidth": 1.8,
+        "marker": MARKERS[run % len(MARKERS)],
         "markersize": 5,
     }
 

@@ -14,7 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .figure import COLOURS, GRID, INK, draw_panel, line_style, style
-from .panels import STEP, Curve, Panel, differing_settings, last_values, measured_table, number
+from .panels import (
+    STEP,
+    Curve,
+    Panel,
+    differing_settings,
+    last_values,
+    measured_table,
+    number,
+    row_sizes,
+    settings_table,
+)
 from .runs import Run
 
 ROWS = 100  # maximum rows of each curve in a chart's table
@@ -26,19 +36,19 @@ class Chart:
 
     Attributes:
         panel: the panel.
+        span: its width in a row on a wide screen, in sixths.
         svg: its curves and axes.
         top, bottom: distance of the axes from the SVG's edges, in percent of its height.
-        labels: a name for each curve.
         rows: the value of x, its position in percent of the SVG's width, and a cell for each curve.
         thinned: whether the rows omit some of the points.
         summary: the chart in words.
     """
 
     panel: Panel
+    span: int
     svg: Markup
     top: float
     bottom: float
-    labels: list[str]
     rows: list[tuple[str, float, list[str]]]
     thinned: bool
     summary: str
@@ -53,25 +63,32 @@ def render_page(runs: Sequence[Run], drawn: Sequence[Panel]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    kinds = dict.fromkeys((curve.run, curve.kind) for panel in drawn for curve in panel.curves)
-    looks = list(dict.fromkeys([*((i, "") for i in range(len(runs))), *kinds]))
-    charts = [draw_chart(f"chart{i}", panel, runs) for i, panel in enumerate(drawn)]
+    over_steps = [panel for panel in drawn if panel.x_label == STEP]
+    slices = [panel for panel in drawn if panel.x_label != STEP]
     return environment.get_template("page.html").render(
         version=version("hf_xsam"),
         number=number,
         row_limit=ROWS,
         runs=runs,
-        swatch_ids={look: f"swatch{i}" for i, look in enumerate(looks)},
-        swatches=[draw_swatch(f"swatch{i}", *look) for i, look in enumerate(looks)],
-        over_steps=[chart for chart in charts if chart.panel.x_label == STEP],
-        slices=[chart for chart in charts if chart.panel.x_label != STEP],
+        swatches=[draw_swatch(f"swatch{i}", i) for i in range(len(runs))],
+        settings=settings_table(runs),
+        over_steps=draw_charts("steps", over_steps, runs),
+        slices=draw_charts("slices", slices, runs),
         last=last_values(drawn, len(runs)),
         measured=measured_table(runs),
         differing=differing_settings(runs),
     )
 
 
-def draw_chart(key: str, panel: Panel, runs: Sequence[Run]) -> Chart:
+def draw_charts(key: str, panels: Sequence[Panel], runs: Sequence[Run]) -> list[Chart]:
+    """Draw the panels of one grid."""
+    spans = [6 // size for size in row_sizes(len(panels)) for _ in range(size)]
+    return [
+        draw_chart(f"{key}{i}", panel, span, runs) for i, (panel, span) in enumerate(zip(panels, spans, strict=True))
+    ]
+
+
+def draw_chart(key: str, panel: Panel, span: int, runs: Sequence[Run]) -> Chart:
     """Draw the panel; every id in its SVG starts with `key`."""
     with style(13):
         figure = Figure(figsize=(4.6, 3.1), layout="constrained", dpi=72)
@@ -82,17 +99,16 @@ def draw_chart(key: str, panel: Panel, runs: Sequence[Run]) -> Chart:
     curves = [thinned(curve) for curve in panel.curves]
     xs = sorted({x for points in curves for x in points})
     places = axes.transData.transform([(x, axes.get_ylim()[0]) for x in xs])[:, 0] / figure.bbox.width
-    labels = [f"{runs[curve.run].name}, {curve.kind}".removesuffix(", ") for curve in panel.curves]
     ends = [
-        f"{label}: from {number(curve.points[min(curve.points)])} to {number(curve.last)}"
-        for label, curve in zip(labels, panel.curves, strict=True)
+        f"{runs[curve.run].name}: from {number(curve.points[min(curve.points)])} to {number(curve.last)}"
+        for curve in panel.curves
     ]
     return Chart(
         panel=panel,
+        span=span,
         svg=svg,
         top=100 * (1 - edges.y1),
         bottom=100 * edges.y0,
-        labels=labels,
         rows=[
             (f"{x:.4g}" if panel.x_label != STEP else f"{x:.0f}", 100 * place, [_cell(points, x) for points in curves])
             for x, place in zip(xs, places, strict=True)
@@ -102,11 +118,11 @@ def draw_chart(key: str, panel: Panel, runs: Sequence[Run]) -> Chart:
     )
 
 
-def draw_swatch(key: str, run: int, kind: str) -> Markup:
+def draw_swatch(key: str, run: int) -> Markup:
     """Draw a short piece of the run's line, 36 by 14 points."""
     with style(13):
         figure = Figure(figsize=(36 / 72, 14 / 72), dpi=72)
-        figure.add_artist(Line2D([0, 0.5, 1], [0.5] * 3, **line_style(run, kind), markevery=[1]))
+        figure.add_artist(Line2D([0, 0.5, 1], [0.5] * 3, **line_style(run), markevery=[1]))
         return themed_svg(figure, key)
 
 

@@ -1,26 +1,30 @@
 """What is drawn of runs: panels of curves, and tables."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..step.logs import NOT_RESULTS
-from .runs import Run, is_number
+from .runs import Run
 
-MEASURED = "measured"
-ESTIMATED = "X-SAM's estimate"
 STEP = "optimizer step"
 DISTANCE = "distance from the final weights"
 MINUS = "\N{MINUS SIGN}"
+TESTS = ("test_", "predict_")  # how the names of a test's results start, in the recipes and in Transformers' examples
+COUNTS = ("epoch", "samples", "total_flos")  # more endings, beside `NOT_RESULTS`, of numbers that are not results
+WORDS = {"eval": "evaluation", "gib": "(GiB)"}  # parts of logged names, in words
+ESTIMATE = (
+    "The estimate that X-SAM logs while it trains, from one batch at a time: it is noisy and usually too low, so do "
+    "not compare runs by it."
+)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel: the run's number, the kind of its values where a panel has two, and y by x."""
+    """One line of a panel: the run's number, and y by x."""
 
     run: int
     points: dict[float, float]
-    kind: str = ""
 
     @property
     def last(self) -> float:
@@ -30,17 +34,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves in the same axes. `log` is whether the y-axis is logarithmic."""
+    """Curves in the same axes. `log` is whether the y-axis is logarithmic; `note` says how to read the curves."""
 
     title: str
     x_label: str
     curves: list[Curve]
     log: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of a name and a cell for each run; an empty cell where a run lacks the figure."""
+    """Rows of a name and a cell for each run; an empty cell if a run lacks the figure."""
 
     title: str
     rows: dict[str, list[str]]
@@ -48,28 +53,32 @@ class Table:
 
 def build_panels(runs: Sequence[Run]) -> list[Panel]:
     """Return the panels that some run has data for, those over steps first, then the slices of the final loss."""
-    results = {name: None for run in runs for line in run.history for name in line if name.startswith("eval_")}
-    metrics = [name for name in results if not name.endswith(NOT_RESULTS)]
+    logged = dict.fromkeys(name for run in runs for line in run.history for name in line)
+    metrics = [name for name in logged if name.startswith("eval_") and not name.endswith(NOT_RESULTS)]
     metrics.sort(key=lambda name: not name.endswith("loss"))  # losses first; the rest as logged
-    over_steps = [("Training loss", {"loss": ""})]
-    over_steps += [(f"Evaluation {name.removeprefix('eval_').replace('_', ' ')}", {name: ""}) for name in metrics]
-    over_steps += [
-        ("Top eigenvalue of the Hessian", {"sharpness/top_eigenvalue": MEASURED, "xsam/eigenvalue": ESTIMATED}),
-        ("Angle, gradient to eigenvector (°)", {"xsam/angle_degrees": ""}),
-        (f"Sharpness: perturbed loss {MINUS} loss", {"xsam/sharpness": ""}),
-        ("Measured angle, gradient to eigenvector (°)", {"sharpness/gradient_angle_degrees": ""}),
-        ("Measured SAM sharpness", {"sharpness/sam_sharpness": ""}),
-        ("Measured trace of the Hessian", {"sharpness/trace": ""}),
-    ]
+    over_steps = {"loss": "Training loss"}
+    over_steps |= {name: in_words(name) for name in metrics}
+    over_steps |= {
+        "sharpness/top_eigenvalue": "Measured top eigenvalue of the Hessian",
+        "sharpness/gradient_angle_degrees": "Measured angle, gradient to eigenvector (°)",
+    }
+    measured = "sharpness/sam_sharpness"
+    over_steps |= {
+        name: f"Measured SAM sharpness{name.removeprefix(measured).replace('_', ', rho ')}"
+        for name in logged
+        if name.startswith(measured)
+    }
+    over_steps |= {
+        "sharpness/trace": "Measured trace of the Hessian",
+        "xsam/eigenvalue": "X-SAM's estimate of the top eigenvalue",
+        "xsam/angle_degrees": "Angle, gradient to X-SAM's eigenvector (°)",
+        "xsam/sharpness": f"Sharpness: perturbed loss {MINUS} loss",
+    }
     found = []
-    for title, names in over_steps:
-        curves = [
-            Curve(number, points, kind)
-            for number, run in enumerate(runs)
-            for name, kind in names.items()
-            if (points := {line["step"]: line[name] for line in run.history if is_number(line.get(name))})
-        ]
-        found.append(Panel(title, STEP, curves, log="xsam/eigenvalue" in names and spans_decade(curves)))
+    for name, title in over_steps.items():
+        curves = [Curve(number, points) for number, run in enumerate(runs) if (points := run.points(name))]
+        log = name.endswith("eigenvalue") and spans_decade(curves)
+        found.append(Panel(title, STEP, curves, log, note=ESTIMATE if name == "xsam/eigenvalue" else ""))
     for direction, title in (
         ("eigenvector", "Loss along the top eigenvector"),
         ("gradient", "Loss along the gradient"),
@@ -89,22 +98,64 @@ def spans_decade(curves: Iterable[Curve]) -> bool:
     return bool(values) and 0 < 10 * min(values) < max(values)
 
 
+def row_sizes(count: int) -> list[int]:
+    """Return how many of `count` panels go into each row: three, and two in the last ones so that none is alone."""
+    if count <= 3:
+        return [count]
+    last = {0: [3], 1: [2, 2], 2: [2]}[count % 3]
+    return [3] * ((count - sum(last)) // 3) + last
+
+
+def settings_table(runs: Sequence[Run]) -> Table | None:
+    """Return how the runs were trained, and what came out, as far as their folders say so; None if none does."""
+    names = sorted({name for run in runs for name in run.results}, key=lambda name: (not name.startswith(TESTS), name))
+    names = [name for name in names if not name.startswith("train_") and not name.endswith((*NOT_RESULTS, *COUNTS))]
+    columns = [
+        settings_of(run) | {in_words(name): number(run.results[name]) for name in names if name in run.results}
+        for run in runs
+    ]
+    return _table("Settings and results", columns)
+
+
+def settings_of(run: Run) -> dict[str, str]:
+    """Return how the run was trained, with an empty text for what its folder does not say."""
+    with_xsam = any(name.startswith("xsam/") for line in run.history for name in line)
+    # The file may be left from an earlier run in the same folder.
+    config = run.xsam_config if with_xsam or not run.history else None
+    corrected = bool(config.alpha if config else run.points("xsam/eigenvalue"))
+    method = "X-SAM" if corrected else "SAM" if config or with_xsam else "stock Trainer" if run.history else ""
+    seconds = run.results.get("train_runtime")
+    return {
+        "Method": method,
+        "Correction": config.correction if config and corrected else "",
+        "rho": f"{config.rho}{', adaptive' if config.adaptive else ''}" if config else "",
+        "alpha": str(config.alpha) if config and corrected else "",
+        "Learning rate, highest logged": greatest(run, "learning_rate"),
+        "Epochs": greatest(run, "epoch"),
+        "Optimizer steps": str(run.steps) if run.history else "",
+        "Training time": "" if seconds is None else duration(seconds),
+    }
+
+
+def greatest(run: Run, name: str) -> str:
+    """Return the greatest logged number of that name; an empty text if there is none."""
+    return f"{max(values):.4g}" if (values := run.points(name).values()) else ""
+
+
 def last_values(drawn: Sequence[Panel], count: int) -> Table:
     """Return the last value of each curve over steps, for `count` runs."""
     rows: dict[str, list[str]] = {}
     for panel in drawn:
         for curve in panel.curves if panel.x_label == STEP else []:
-            name = f"{panel.title}, {curve.kind}" if curve.kind else panel.title
-            rows.setdefault(name, [""] * count)[curve.run] = number(curve.last)
+            rows.setdefault(panel.title, [""] * count)[curve.run] = number(curve.last)
     return Table("Last logged values", rows)
 
 
 def measured_table(runs: Sequence[Run]) -> Table | None:
-    """Return what was measured of the trained models; None where nothing was."""
+    """Return what was measured of the trained models; None if nothing was."""
     figures = [run.sharpness.figures if run.sharpness else {} for run in runs]
-    names = dict.fromkeys(name for column in figures for name in column)
-    rows = {name: [" ± ".join(map(number, column.get(name, ()))) for column in figures] for name in names}
-    return Table("Measured after training", rows) if rows else None
+    columns = [{name: " ± ".join(map(number, values)) for name, values in column.items()} for column in figures]
+    return _table("Measured after training", columns)
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -115,6 +166,29 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: each for name, each in values.items() if len(set(each)) > 1}
 
 
+def in_words(name: str) -> str:
+    """Return a logged name as a title: "Evaluation accuracy" for `eval_accuracy`."""
+    words = " ".join(WORDS.get(word, word) for word in name.split("_"))
+    return words[:1].upper() + words[1:]
+
+
 def number(value: float) -> str:
     """Return the number with four significant digits."""
     return f"{value:#.4g}".removesuffix(".").replace("-", MINUS)
+
+
+def duration(seconds: float) -> str:
+    """Return the time in hours, minutes and seconds, without what does not matter beside the rest."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _table(title: str, columns: Sequence[Mapping[str, str]]) -> Table | None:
+    """Return the table with each run's cells by row, given in `columns`; None if there are none."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = {name: [column.get(name, "") for column in columns] for name in names}
+    rows = {name: cells for name, cells in rows.items() if any(cells)}
+    return Table(title, rows) if rows else None

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import CONFIG_NAME, XSAMConfig
 from ..saving.checkpoint import TRAINER_STATE_NAME, checkpoints_in
 from ..sharpness.measuring import FILE_NAME
+
+RESULTS_NAME = "all_results.json"  # what the recipes, and Transformers' example scripts, write their results to
 
 
 class RunError(ValueError):
@@ -19,7 +22,7 @@ class Measured:
     """The contents of a `sharpness.json`.
 
     Attributes:
-        figures: numbers by name, each with its standard error where it has one.
+        figures: numbers by name, each with its standard error if it has one.
         slices: loss by distance, by direction.
         settings: text by name.
     """
@@ -37,16 +40,24 @@ class Run:
         name: its name, different from the others' names.
         history: the lines that the Trainer logged, each with its `step`; empty for a model that was only measured.
         sharpness: the measurements of `hf-xsam sharpness`, or None.
+        xsam_config: X-SAM's settings, which its trainer saves beside each model; None if there are none.
+        results: the numbers that were written after training, by name: of the training, of evaluations, of a test.
     """
 
     name: str
     history: list[dict[str, Any]]
     sharpness: Measured | None
+    xsam_config: XSAMConfig | None
+    results: dict[str, float]
 
     @property
     def steps(self) -> int:
         """Return the last logged step."""
         return int(max((line["step"] for line in self.history), default=0))
+
+    def points(self, name: str) -> dict[float, float]:
+        """Return the logged numbers of that name, by step."""
+        return {line["step"]: line[name] for line in self.history if is_number(line.get(name))}
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:
@@ -64,9 +75,30 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     runs = []
     for (file, folder), name in zip(files.values(), names, strict=True):
         history = [] if file.name == FILE_NAME else read_history(file)
-        measured = [path for path in (folder / FILE_NAME, file.parent / FILE_NAME) if path.exists()]
-        runs.append(Run(name, history, read_sharpness(measured[0]) if measured else None))
+        places = (folder, file.parent)
+        measured, config, saved = (find_beside(places, each) for each in (FILE_NAME, CONFIG_NAME, RESULTS_NAME))
+        runs.append(
+            Run(
+                name,
+                history,
+                sharpness=read_sharpness(measured) if measured else None,
+                xsam_config=XSAMConfig.from_pretrained(config.parent) if config else None,
+                results=read_results(history, saved),
+            )
+        )
     return runs
+
+
+def find_beside(folders: Sequence[Path], name: str) -> Path | None:
+    """Return the file of that name in the first folder that has one; None if none has."""
+    return next((folder / name for folder in folders if (folder / name).exists()), None)
+
+
+def read_results(history: Sequence[Mapping[str, Any]], saved: Path | None) -> dict[str, float]:
+    """Return the numbers of the training and of a test that were logged, and those in the file `saved`, by name."""
+    logged = {name: x for line in history for name, x in line.items() if name.startswith(("test_", "train_"))}
+    found = logged | (_read_json(saved, "remove the file.") if saved else {})
+    return {name: x for name, x in found.items() if is_number(x)}
 
 
 def find_file(path: Path) -> Path:

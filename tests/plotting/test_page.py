@@ -90,13 +90,13 @@ def driver(tmp_path_factory):
 def opened(driver, folder):
     """A function that opens the page at a size and in a colour scheme, and returns the browser."""
 
-    def open_page(size=DESK, scheme="light"):
+    def open_page(size=DESK, scheme="light", page=folder):
         width, height = size
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        driver.get((folder / "runs.html").as_uri())
+        driver.get((page / "runs.html").as_uri())
         return driver
 
     return open_page
@@ -127,7 +127,7 @@ class TestEverywhere:
             driver.execute_script("arguments[0].open = true", details)
         assert driver.execute_script("return document.documentElement.scrollWidth") <= size[0]
         boxes = [svg.rect for svg in driver.find_elements(By.CSS_SELECTOR, ".plot > svg")]
-        assert len(boxes) == 10
+        assert len(boxes) == 11
         for box in boxes:
             assert box["width"] >= 300
             assert 0.6 < box["height"] / box["width"] < 0.75
@@ -158,6 +158,32 @@ def test_asks_no_host_and_has_no_errors(opened, driver):
     assert driver.get_log("browser") == []
 
 
+@pytest.mark.parametrize("runs", [("stock", "sam"), ("stock", "sam", "xsam")])
+@pytest.mark.parametrize("width", [800, 1100, 1280, 1600])
+def test_charts_fill_their_rows(opened, folder, tmp_path, runs, width):
+    main(["plot", *(str(folder / name) for name in runs), "--output", str(tmp_path)])
+    driver = opened((width, 900), page=tmp_path)
+    grids = driver.find_elements(By.CSS_SELECTOR, ".charts")
+    assert len(grids) == 2
+    for grid in grids:
+        rows = {}
+        for card in grid.find_elements(By.CSS_SELECTOR, ".card"):
+            rows.setdefault(card.rect["y"], []).append(card.rect)
+        for cards in rows.values():
+            assert cards[-1]["x"] + cards[-1]["width"] == pytest.approx(grid.rect["x"] + grid.rect["width"], abs=1)
+            assert len(cards) > 1 or width < 1168
+
+
+def test_shows_settings_and_results(opened, folder):
+    driver = opened()
+    rows = driver.find_elements(By.CSS_SELECTOR, "section[aria-labelledby=settings] tbody tr")
+    cells = {row.find_element(By.TAG_NAME, "th").text: row.find_elements(By.TAG_NAME, "td") for row in rows}
+    assert [cell.text for cell in cells["Method"]] == ["stock Trainer", "SAM", "X-SAM", "X-SAM"]
+    assert [cell.text for cell in cells["rho"]] == ["\N{EN DASH}", "0.01", "0.01", "0.01"]
+    tested = json.loads((folder / "sam" / "all_results.json").read_text())["test_accuracy"]
+    assert cells["Test accuracy"][1].text == number(tested)
+
+
 def test_shows_the_numbers(opened, folder):
     driver = opened()
     figure = chart(driver, "Training loss")
@@ -173,7 +199,7 @@ def test_shows_the_numbers(opened, folder):
 
 def test_keyboard_reads_a_chart(opened, folder):
     driver = opened()
-    ActionChains(driver).send_keys(Keys.TAB).perform()
+    ActionChains(driver).send_keys(2 * Keys.TAB).perform()  # the first is the table of settings, which may scroll
     plot = driver.switch_to.active_element
     figure = chart(driver, "Training loss")
     assert plot == figure.find_element(By.CSS_SELECTOR, ".plot")
@@ -206,21 +232,23 @@ def test_pointer_reads_a_chart(opened, folder):
 
 def test_a_curve_without_a_point_there_shows_its_last_one_before(opened, folder):
     driver = opened()
-    figure = chart(driver, "Top eigenvalue of the Hessian")
-    history = json.loads((folder / "stock" / "trainer_state.json").read_text())["log_history"]
+    figure = chart(driver, "Measured top eigenvalue of the Hessian")
+    history = json.loads((folder / "xsam" / "trainer_state.json").read_text())["log_history"]
     measured = {line["step"]: number(line["sharpness/top_eigenvalue"]) for line in history if "sharpness/loss" in line}
     plot = figure.find_element(By.CSS_SELECTOR, ".plot")
     plot.send_keys(Keys.ARROW_LEFT)
-    assert values(figure)[1][0] == f"{measured[4]} at 4"
+    assert values(figure)[1][1] == f"{measured[3]} at 3"
     plot.send_keys(Keys.HOME)
-    assert values(figure)[1][0] == "\N{EN DASH}"
+    assert values(figure)[1][1] == "\N{EN DASH}"
 
 
 def test_touch_reads_a_chart(opened):
     driver = opened(PHONE)
     figure = chart(driver, "Training loss")
     assert not figure.find_element(By.CSS_SELECTOR, ".cursor").is_displayed()
-    box = figure.find_element(By.CSS_SELECTOR, ".plot").rect
+    plot = figure.find_element(By.CSS_SELECTOR, ".plot")
+    driver.execute_script("arguments[0].scrollIntoView()", plot)
+    box = driver.execute_script("return arguments[0].getBoundingClientRect()", plot)
     for share, step in ((0.15, "1"), (0.97, "6")):
         touch = {"x": box["x"] + share * box["width"], "y": box["y"] + box["height"] / 2}
         driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [touch]})

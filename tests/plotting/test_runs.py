@@ -16,7 +16,17 @@ from hf_xsam.cli.plot import PlotArguments
 from hf_xsam.cli.plot import run as run_plot
 from hf_xsam.plotting.figure import COLOURS, DASHES, MARKERS, line_style
 from hf_xsam.plotting.page import ROWS, thinned
-from hf_xsam.plotting.panels import Curve, build_panels, measured_table, number, spans_decade
+from hf_xsam.plotting.panels import (
+    ESTIMATE,
+    Curve,
+    build_panels,
+    duration,
+    measured_table,
+    number,
+    row_sizes,
+    settings_table,
+    spans_decade,
+)
 from hf_xsam.plotting.runs import RunError, find_file, read_runs
 from tests.cases import tiny_vit
 from tests.helpers import run
@@ -64,36 +74,131 @@ def test_panels_hold_what_was_logged(folder):
     runs = read_runs([str(folder / name) for name in ("stock", "sam", "xsam")])
     assert [each.name for each in runs] == ["stock", "sam", "xsam"]
     drawn = {panel.title: panel.curves for panel in build_panels(runs)}
-    assert {title: [(curve.run, curve.kind) for curve in curves] for title, curves in drawn.items()} == {
-        "Training loss": [(0, ""), (1, ""), (2, "")],
-        "Evaluation loss": [(0, ""), (1, ""), (2, "")],
-        "Evaluation accuracy": [(0, ""), (1, ""), (2, "")],
-        "Top eigenvalue of the Hessian": [(0, "measured"), (2, "X-SAM's estimate")],
-        "Angle, gradient to eigenvector (°)": [(2, "")],
-        "Sharpness: perturbed loss \N{MINUS SIGN} loss": [(1, ""), (2, "")],
-        "Measured angle, gradient to eigenvector (°)": [(0, "")],
-        "Measured SAM sharpness": [(0, "")],
-        "Loss along the top eigenvector": [(1, ""), (2, "")],
-        "Loss along the gradient": [(1, ""), (2, "")],
+    assert {title: [curve.run for curve in curves] for title, curves in drawn.items()} == {
+        "Training loss": [0, 1, 2],
+        "Evaluation loss": [0, 1, 2],
+        "Evaluation accuracy": [0, 1, 2],
+        "Measured top eigenvalue of the Hessian": [0, 2],
+        "Measured angle, gradient to eigenvector (°)": [0, 2],
+        "Measured SAM sharpness": [0, 2],
+        "X-SAM's estimate of the top eigenvalue": [2],
+        "Angle, gradient to X-SAM's eigenvector (°)": [2],
+        "Sharpness: perturbed loss \N{MINUS SIGN} loss": [1, 2],
+        "Loss along the top eigenvector": [1, 2],
+        "Loss along the gradient": [1, 2],
     }
     history = json.loads((folder / "xsam" / "trainer_state.json").read_text())["log_history"]
     for title, name in (("Training loss", "loss"), ("Evaluation accuracy", "eval_accuracy")):
         assert drawn[title][2].points == {line["step"]: line[name] for line in history if name in line}
         assert len(drawn[title][2].points) == 6
-    assert [curve.points.keys() for curve in drawn["Top eigenvalue of the Hessian"]] == [{2, 4, 6}, {1, 2, 3, 4, 5, 6}]
+    assert [curve.points.keys() for curve in drawn["Measured top eigenvalue of the Hessian"]] == [{2, 4, 6}, {3, 6}]
+    assert len(drawn["X-SAM's estimate of the top eigenvalue"][0].points) == 6
     slices = json.loads((folder / "sam" / "sharpness.json").read_text())["slices"]["gradient"]
     assert drawn["Loss along the gradient"][0].points == dict(zip(slices["distances"], slices["losses"], strict=True))
 
 
 def test_what_no_run_has_is_left_out(folder):
     drawn = build_panels(read_runs([str(folder / "stock")]))
-    assert {panel.title.split()[0] for panel in drawn} == {"Training", "Evaluation", "Top", "Measured"}
+    assert {panel.title.split()[0] for panel in drawn} == {"Training", "Evaluation", "Measured"}
 
 
-def test_a_trace_logged_along_the_way(stock):
-    (stock / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 1, "sharpness/trace": 3.0}]}))
-    [panel] = build_panels(read_runs([str(stock)]))
-    assert (panel.title, panel.curves[0].points) == ("Measured trace of the Hessian", {1: 3.0})
+def test_what_a_callback_of_other_settings_logs(stock):
+    line = {"step": 1, "sharpness/trace": 3.0, "sharpness/sam_sharpness_0.01": 1.0, "sharpness/sam_sharpness_0.2": 2.0}
+    (stock / "trainer_state.json").write_text(json.dumps({"log_history": [line]}))
+    drawn = build_panels(read_runs([str(stock)]))
+    assert {panel.title: panel.curves[0].points for panel in drawn} == {
+        "Measured SAM sharpness, rho 0.01": {1: 1.0},
+        "Measured SAM sharpness, rho 0.2": {1: 2.0},
+        "Measured trace of the Hessian": {1: 3.0},
+    }
+
+
+def test_the_estimate_is_called_one(folder):
+    noted = {panel.title: panel.note for panel in build_panels(read_runs([str(folder / "xsam")])) if panel.note}
+    assert noted == {"X-SAM's estimate of the top eigenvalue": ESTIMATE}
+
+
+def test_settings_and_results(folder):
+    rows = settings_table(read_runs([str(folder / name) for name in ("stock", "sam", "xsam")])).rows
+    results = [json.loads((folder / name / "all_results.json").read_text()) for name in ("stock", "sam", "xsam")]
+    seconds = [duration(each["train_runtime"]) for each in results]
+    tested = {name: [number(each[name]) for each in results] for name in ("test_accuracy", "test_loss")}
+    assert rows == {
+        "Method": ["stock Trainer", "SAM", "X-SAM"],
+        "Correction": ["", "", "paper"],
+        "rho": ["", "0.01", "0.01"],
+        "alpha": ["", "", "0.2"],
+        "Learning rate, highest logged": ["0.01"] * 3,
+        "Epochs": ["3"] * 3,
+        "Optimizer steps": ["6"] * 3,
+        "Training time": seconds,
+        "Test accuracy": tested["test_accuracy"],
+        "Test loss": tested["test_loss"],
+    }
+
+
+def test_settings_without_the_files_beside_the_state(folder, tmp_path):
+    """What was logged says which method it was, how long it took, and what a test gave."""
+    for name in ("stock", "sam", "xsam"):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / name / "trainer_state.json", tmp_path / name)
+    rows = settings_table(read_runs([str(tmp_path / name) for name in ("stock", "sam", "xsam")])).rows
+    assert rows["Method"] == ["stock Trainer", "SAM", "X-SAM"]
+    assert rows.keys().isdisjoint({"Correction", "rho", "alpha"})
+    assert all(rows["Training time"])
+    assert all(rows["Test accuracy"])
+
+
+def test_settings_of_a_published_model(tmp_path):
+    """It has no history, so that how long it was trained is not known."""
+    XSAMConfig(rho=0.3, adaptive=True, correction="aligned").save_pretrained(tmp_path)
+    (tmp_path / "sharpness.json").write_text(json.dumps(SHARPNESS))
+    rows = settings_table(read_runs([str(tmp_path)])).rows
+    assert rows == {"Method": ["X-SAM"], "Correction": ["aligned"], "rho": ["0.3, adaptive"], "alpha": ["0.2"]}
+    (tmp_path / "xsam_config.json").unlink()
+    assert settings_table(read_runs([str(tmp_path)])) is None
+
+
+def test_a_stock_run_in_the_folder_of_an_earlier_one(stock):
+    XSAMConfig().save_pretrained(stock)
+    rows = settings_table(read_runs([str(stock)])).rows
+    assert rows["Method"] == ["stock Trainer"]
+    assert "rho" not in rows
+
+
+def test_results_of_transformers_example_scripts(stock):
+    """They write counts and times beside the results, and predict where the recipes test."""
+    results = {"epoch": 3.0, "eval_samples": 8, "predict_accuracy": 0.5, "predict_steps_per_second": 9.0, "note": "x"}
+    results |= {"total_flos": 1e12, "train_loss": 2.0, "train_runtime": 4020.0, "eval_f1": 0.25}
+    (stock / "all_results.json").write_text(json.dumps(results))
+    rows = settings_table(read_runs([str(stock)])).rows
+    assert rows["Training time"] == ["1 h 7 min"]
+    shown = ("Predict accuracy", "Test accuracy", "Test loss", "Evaluation f1")
+    assert tuple(rows)[-4:] == shown
+    assert [rows[name] for name in ("Predict accuracy", "Evaluation f1")] == [["0.5000"], ["0.2500"]]
+
+
+@pytest.mark.parametrize("name", ["all_results.json", "xsam_config.json"])
+def test_damaged_settings_and_results(folder, tmp_path, capsys, name):
+    shutil.copytree(folder / "xsam", tmp_path / "run")
+    (tmp_path / "run" / name).write_text("{")
+    assert f"{tmp_path / 'run' / name} is damaged" in refused(capsys, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.974, "4.97 s"), (59.6, "59.6 s"), (61, "1 min 1 s"), (3599.7, "1 h 0 min")]
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_no_panel_is_alone_in_its_row():
+    assert [row_sizes(count) for count in range(1, 8)] == [[1], [2], [3], [2, 2], [3, 2], [3, 3], [3, 2, 2]]
+    for count in range(8, 30):
+        sizes = row_sizes(count)
+        assert sum(sizes) == count
+        assert set(sizes) <= {2, 3}
+        assert sizes == sorted(sizes, reverse=True)
 
 
 def test_table_of_what_was_measured(folder, stock):
@@ -170,7 +275,7 @@ def test_a_model_that_was_measured_only(stock, tmp_path):
         assert "<td>3.250</td>" in page
         assert ("Training loss" in page) == ("stock" in runs)
     (tmp_path / "model" / "sharpness.json").write_text(json.dumps(SHARPNESS))
-    with pytest.raises(RunError, match="Nothing to draw in model: no loss was logged yet, and no slice of it measured"):
+    with pytest.raises(RunError, match="Nothing to draw in model: no loss was logged and no slice was measured"):
         run_plot(PlotArguments(["model"]))
 
 
