@@ -227,9 +227,9 @@ class XSAMConfig:
         The weights move by rho * v or -rho * v in turn, v the Hessian's top eigenvector, and nothing is corrected. The
         loss of the steps is then L + rho^2 / 2 * lambda in the mean, lambda the top eigenvalue, up to O(rho^4), and
         their gradient its gradient, for that of lambda needs no derivative of v (Hellmann and Feynman). The best rho
-        was about 5 times SAM's.
+        was about 5 times SAM's. Refreshes are not denser at the beginning: with such a rho, training collapsed.
         """
-        one_pass: dict[str, Any] = {"perturbation": "eigenvector", "alpha": 0.0, "rho": rho}
+        one_pass: dict[str, Any] = {"perturbation": "eigenvector", "alpha": 0.0, "rho": rho, "eigen_warmup_steps": 0}
         return cls(**(one_pass | settings))
 
     def to_dict(self) -> dict[str, Any]:

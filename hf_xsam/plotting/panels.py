@@ -122,14 +122,17 @@ def settings_of(run: Run) -> dict[str, str]:
     with_xsam = any(name.startswith("xsam/") for line in run.history for name in line)
     # The file may be left from an earlier run in the same folder.
     config = run.xsam_config if with_xsam or not run.history else None
+    one_pass = config is not None and config.perturbation == "eigenvector"
     corrected = bool(config.alpha if config else run.points("xsam/eigenvalue"))
-    method = "X-SAM" if corrected else "SAM" if config or with_xsam else "stock Trainer" if run.history else ""
+    ours = "X-SAM, one pass" if one_pass else "X-SAM" if corrected else "SAM"
+    method = ours if config or with_xsam else "stock Trainer" if run.history else ""
     seconds = run.results.get("train_runtime")
     return {
         "Method": method,
         "Correction": config.correction if config and corrected else "",
         "rho": f"{config.rho}{', adaptive' if config.adaptive else ''}" if config else "",
         "alpha": str(config.alpha) if config and corrected else "",
+        "Start step": f"{config.start_step:g}" if config and config.start_step else "",
         "Learning rate, highest logged": greatest(run, "learning_rate"),
         "Epochs": greatest(run, "epoch"),
         "Optimizer steps": str(run.steps) if run.history else "",

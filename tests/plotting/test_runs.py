@@ -155,6 +155,9 @@ def test_settings_of_a_published_model(tmp_path):
     (tmp_path / "sharpness.json").write_text(json.dumps(SHARPNESS))
     rows = settings_table(read_runs([str(tmp_path)])).rows
     assert rows == {"Method": ["X-SAM"], "Correction": ["aligned"], "rho": ["0.3, adaptive"], "alpha": ["0.2"]}
+    XSAMConfig.one_pass(rho=0.2, start_step=0.7).save_pretrained(tmp_path)
+    rows = settings_table(read_runs([str(tmp_path)])).rows
+    assert rows == {"Method": ["X-SAM, one pass"], "rho": ["0.2"], "Start step": ["0.7"]}
     (tmp_path / "xsam_config.json").unlink()
     assert settings_table(read_runs([str(tmp_path)])) is None
 
