@@ -43,7 +43,7 @@ class TestPart:
         ],
     )
     def test_takes_whole_micro_batches_or_their_rows(self, count, fraction, expected):
-        part = Window(None, None, None, None, micro_batches(count, 8)).part(fraction)
+        part = Window(None, None, None, None, micro_batches=micro_batches(count, 8)).part(fraction)
         found = [
             (piece.inputs["x"][0, 0].item(), len(piece.inputs["x"]), piece.num_items_in_batch, weight)
             for piece, weight in part
@@ -52,11 +52,11 @@ class TestPart:
 
     def test_pieces_are_different_rows(self):
         batch = micro_batches(1, 8, row=torch.arange(8))
-        part = Window(None, None, None, None, batch).part(0.5)
+        part = Window(None, None, None, None, micro_batches=batch).part(0.5)
         assert torch.equal(torch.cat([piece.inputs["row"] for piece, _ in part]), torch.arange(4))
 
     def test_rows_that_are_no_examples_stay_together(self):
-        window = Window(None, None, None, None, micro_batches(4, 8))
+        window = Window(None, None, None, None, micro_batches=micro_batches(4, 8))
         assert [(len(piece.inputs["x"]), weight) for piece, weight in window.part(0.3, False)] == [(8, 2), (8, 2)]
 
     @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ class TestPart:
 
     @pytest.mark.parametrize("other", [torch.zeros(()), torch.zeros(1, 8), "text", None])
     def test_inputs_without_common_rows_stay_whole(self, other):
-        ((piece, weight),) = Window(None, None, None, None, micro_batches(1, 8, other=other)).part(0.25)
+        ((piece, weight),) = Window(None, None, None, None, micro_batches=micro_batches(1, 8, other=other)).part(0.25)
         assert (len(piece.inputs["x"]), piece.num_items_in_batch, weight) == (8, 40, 1)
 
     @pytest.mark.parametrize("accumulation", [1, 4])

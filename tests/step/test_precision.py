@@ -50,6 +50,7 @@ class TestOverflow:
     @pytest.mark.parametrize("where", ["first pass", "product", "second pass"])
     def test_in_either_pass_or_a_product(self, tmp_path, where, kind, hvp):
         xsam = {"rho": 0.1, "alpha": 1.0, "eigen_interval": 1, "eigen_batch_fraction": 0.25, "hvp": hvp}
+        xsam["replay_check"] = "never"
         settings = Run(xsam, accumulation=1, optimizer="AdamW", scaler=True, seed=0)
         # The forward passes of the first step come before, which chooses, in two, the method of exact products.
         before = {"exact": 5, "finite_difference": 3}[hvp]
@@ -64,6 +65,7 @@ class TestOverflow:
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
 def test_a_product_that_is_not_finite_costs_no_step_without_a_scaler(tmp_path, hvp):
     xsam = {"rho": 0.1, "alpha": 1.0, "eigen_warmup_steps": 0, "power_iterations": 2, "hvp": hvp}
+    xsam["replay_check"] = "never"
     settings = Run(xsam, accumulation=1, optimizer="SGD", scaler=False, seed=0)
     trainer, inspector = run_with_fault(settings, "nan", [{"exact": 4, "finite_difference": 1}[hvp]], tmp_path)
     assert inspector.wrong == []
