@@ -85,6 +85,8 @@ class XSAMTrainerMixin(_Trainer):
         try:
             window = steps.window or steps.begin_window(model, self._step_again, self, step)
             kept = window.kept(inputs)
+            if callable(switch := getattr(self.optimizer, "train", None)):
+                switch()  # as the stock step does: a schedule-free optimizer's weights may be those to evaluate
             local = self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext()
             with steps.along_eigenvector(step), local:
                 loss = super().training_step(model, inputs, num_items_in_batch)

@@ -187,6 +187,8 @@ class Window:
                 of_pieces = torch.stack(list(self.losses(whole.pieces(1.0)))).sum()
                 own = torch.stack(list(self.losses([(whole, 1.0)]))).sum()
             adds_up = bool((of_pieces - own).abs() <= ADDS_UP * own.abs())
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # of the user's code, which is given rows that are no batch
             adds_up = False
         return holds_everywhere(self.accelerator, adds_up)
@@ -204,7 +206,7 @@ class Window:
                 try:
                     self._step(model, micro_batch)
                 except IndexError as error:
-                    if micro_batch in self.micro_batches:
+                    if any(micro_batch is whole for whole in self.micro_batches):
                         raise
                     raise IndexError(
                         f"{error} (X-SAM ran a part of the batch's rows). Where a row is no example of its own, set "

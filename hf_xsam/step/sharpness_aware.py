@@ -13,13 +13,14 @@ from ..config import XSAMConfig
 from ..functional.correction import correction_factors
 from ..functional.perturbation import ascent_perturbation, perturbed
 from ..functional.power_iteration import first_vector, power_iteration
-from ..functional.tensors import dot, multiply, norm, scale, set_to_combination
+from ..functional.tensors import dot, is_sharded, multiply, norm, scale, set_to_combination, wide_dtype
 from ..state import XSAMState
 from .curvature import Curvature
 from .double_backward import Method, obstacle_in_arguments
 from .echo import check_echo, marks_of
 from .gradients import gradient_norm, gradients, gradients_set_aside, with_gradient
 from .logs import RunningMeans, alignment
+from .modes import reshard
 from .precision import loss_scale
 from .processes import all_finite, holds_everywhere
 from .refusals import refuse_gradients_left, refuse_optimizer_in_hooks
@@ -105,16 +106,16 @@ class SharpnessAwareSteps:
     def along_eigenvector(self, step: int, side: int = 1) -> Iterator[None]:
         """Hold the weights at w + side * eps within the block, eps = s * rho * v, if steps are perturbed along v.
 
-        The sign s is 1 and -1 in turn, by the step alone: the same on all processes and after a resume. Without a v
-        yet, the weights stay at w.
+        Without a v yet, the weights stay at w.
         """
-        rho = self.config.rho_at(step) * (1 if step % 2 == 0 else -1) * side
-        if not self._takes_one_pass or self.state.eigenvalue is None or rho == 0:
+        if not self._moves_along_eigenvector(step):
             yield
             return
+        reshard(self.model)
+        signed_rho = side * self._signed_rho(step)
         scope = self._parameters_in("eigen_scope")
         eigenvector = self.state.eigenvector_over(scope)
-        factor = torch.tensor(rho, dtype=eigenvector[0].dtype, device=eigenvector[0].device)
+        factor = torch.tensor(signed_rho, dtype=eigenvector[0].real.dtype, device=eigenvector[0].device)
         with perturbed(list(scope.values()), scale(factor, eigenvector)) as self._realised:
             yield
 
@@ -129,6 +130,17 @@ class SharpnessAwareSteps:
     @property
     def _synchronizes(self) -> bool:
         return self.config.ascent != "local"
+
+    def _moves_along_eigenvector(self, step: int) -> bool:
+        return self._takes_one_pass and self.state.eigenvalue is not None and self.config.rho_at(step) > 0
+
+    def _signed_rho(self, step: int) -> float:
+        """Return s * rho, s = 1 and -1 in turn by the step alone: the same on all processes and after a resume.
+
+        From one refresh to the next the turns change, so that a step which takes both sides favours neither.
+        """
+        turn = step + step // self.config.eigen_interval
+        return self.config.rho_at(step) * (1 if turn % 2 == 0 else -1)
 
     def _nothing_learnt(self, window: Window, trainable: Parameters) -> bool:
         """Return whether the window left no gradient: a training step may skip a batch, or its loss need no weight."""
@@ -161,12 +173,14 @@ class SharpnessAwareSteps:
         start = state.warm_start(scope) or self._first_vector(gradient)
         momentum = config.eigen_momentum_at(step)
         curvature = self._curvature(window, parameters, gradient)
-        if self._takes_one_pass and state.eigenvalue is not None and self.method == "finite_difference":
+        elsewhere = self._moves_along_eigenvector(step)  # so that `.grad` is not of w
+        if elsewhere and self.method == "finite_difference":
             product = self._product_from_both_sides(window, trainable, parameters, step)
             estimate = power_iteration(lambda _: product, start, 1, state.shift, momentum)
         else:
             with gradients_set_aside(window.model):
-                estimate = curvature.top_eigenpair(start, config.power_iterations, state.shift, momentum, gradient)
+                known = None if elsewhere else gradient
+                estimate = curvature.top_eigenpair(start, config.power_iterations, state.shift, momentum, known)
             self.method = curvature.method
         if estimate.is_finite():
             state.take(estimate, scope, step)
@@ -175,9 +189,12 @@ class SharpnessAwareSteps:
 
     def _curvature(self, window: Window, parameters: Sequence[nn.Parameter], gradient: Sequence[Tensor]) -> Curvature:
         config = self.config
-        if self._rows_add_up is None:  # else each row may have a loss that is no part of the batch's
-            self._rows_add_up = config.eigen_batch_fraction == 1 or window.rows_add_up()
-        rows_are_examples = self._rows_are_examples and self._rows_add_up
+        rows_are_examples = self._rows_are_examples
+        splits = rows_are_examples and config.eigen_batch_fraction < 1 and config.hvp != "finite_difference"
+        if splits and self.method != "finite_difference" and not any(map(is_sharded, parameters)):
+            if self._rows_add_up is None:  # else each row may have a loss that is no part of the batch's
+                self._rows_add_up = window.rows_add_up()
+            rows_are_examples = self._rows_add_up
         loss = window.loss_of_part(config.eigen_batch_fraction, rows_are_examples, self._synchronizes)
         obstacle = obstacle_in_arguments(self.args)
         curvature = Curvature(self.accelerator, self.model, parameters, loss, config.hvp, obstacle, self.method)
@@ -205,8 +222,8 @@ class SharpnessAwareSteps:
                 window.run()
             here = gradients(parameters)
             others = {name: parameter.grad for name, parameter in trainable.items()}
-        signed_rho = self.config.rho_at(step) * (1 if step % 2 == 0 else -1)
-        product = [(x - y) / (2 * signed_rho) for x, y in zip(there, here, strict=True)]
+        twice = 2 * self._signed_rho(step)
+        product = [(x.to(wide_dtype(x)) - y) / twice for x, y in zip(there, here, strict=True)]
         multiply(product, 1 / loss_scale(self.accelerator))
         for name, parameter in trainable.items():
             other = others[name]

@@ -39,7 +39,8 @@ class Surroundings:
 
     def before_step(self) -> KeptState:
         """Return the state that a step begins with."""
-        return KeptState(self.owners.values(), self._frozen.to_keep())
+        self._frozen.begin_step()
+        return KeptState(self.owners.values(), self._frozen.candidates())
 
     @contextmanager
     def undone(self) -> Iterator["Moment"]:
@@ -48,10 +49,13 @@ class Surroundings:
         Yields:
             The moment before the block, to go back to from within.
         """
-        moment = Moment(self.random_state(), KeptState(self.owners.values(), self._frozen.to_undo()))
+        self._frozen.note_marked()
+        self._frozen.note_moved()
+        moment = Moment(self.random_state(), KeptState(self.owners.values(), self._frozen.candidates()))
         try:
             yield moment
         finally:
+            self._frozen.note_moved()  # a teacher that is the student's equal moves at perturbed weights alone
             moment.restore()
 
 
@@ -84,39 +88,56 @@ class FrozenWeights:
         trainable = sum(weight.nbytes for weight in every if weight.requires_grad)
         self._few = sum(weight.nbytes for weight in self._weights) <= 2 * trainable
         self._steps = 0
-        self._marks: list[tuple[int, int]] | None = None
+        self._marks, self._sums = self._read_marks(), torch.zeros(0)
         self.moving: list[Tensor] = []
 
-    def to_keep(self) -> list[Tensor]:
-        """Begin to watch a step; return the weights whose values it may change."""
+    def begin_step(self) -> None:
+        """Begin to watch a step."""
+        self._steps += 1
         self._marks = self._read_marks()
-        self._sums = self._read_sums() if self._steps < WATCHED_STEPS else None
-        return list(self._weights) if self._few and self._steps < WATCHED_STEPS else self.moving
+        if self._is_watched:
+            self._sums = sums(self._weights)
 
-    def to_undo(self) -> list[Tensor]:
-        """Return the weights that further passes may change: those which the step under way has, if there is one."""
-        if self._marks is None:
-            return self.to_keep()
+    def candidates(self) -> list[Tensor]:
+        """Return the weights whose values the passes to come may change."""
+        return list(self._weights) if self._few and self._is_watched else self.moving
+
+    def note_marked(self) -> None:
+        """Find out by version and memory which weights the step's first passes have moved."""
         marks = zip(self._read_marks(), self._marks, strict=True)
-        moved = {number for number, (now, before) in enumerate(marks) if now != before}
-        if self._sums is not None:
-            moved.update((self._read_sums() != self._sums).nonzero().flatten().tolist())
+        self._add({number for number, (now, before) in enumerate(marks) if now != before})
+
+    def note_moved(self) -> None:
+        """While they are watched, find out by their sums which weights have moved since this was last asked."""
+        if self._steps and self._is_watched:
+            now = sums(self._weights)
+            self._add(set((now != self._sums).nonzero().flatten().tolist()))
+            self._sums = now
+
+    def _add(self, moved: set[int]) -> None:
         known = set(map(id, self.moving))
         self.moving = self.moving + [self._weights[i] for i in sorted(moved) if id(self._weights[i]) not in known]
-        self._steps += 1
-        return self.moving
+
+    @property
+    def _is_watched(self) -> bool:
+        return self._steps <= WATCHED_STEPS
 
     def _read_marks(self) -> list[tuple[int, int]]:
         return [(weight._version, weight.data_ptr()) for weight in self._weights]
 
-    def _read_sums(self) -> Tensor:
-        return sums(self._weights)
-
 
 def sums(tensors: Iterable[Tensor]) -> Tensor:
-    """Return the sum of each tensor, by which a change shows, on the CPU in float64."""
-    found = [x.sum(dtype=torch.float32 if x.is_mps else torch.float64).cpu() for x in map(local, tensors)]
-    return torch.stack(found).double() if found else torch.zeros(0)
+    """Return the sum of each tensor and, of floating-point ones, their norm, by which changes show; on the CPU."""
+    return torch.tensor([_sum_and_norm(tensor) for tensor in map(local, tensors)], dtype=torch.float64)
+
+
+def _sum_and_norm(tensor: Tensor) -> float:
+    dtype = torch.float32 if tensor.is_mps else torch.float64
+    total = tensor.sum(dtype=dtype)
+    # A movement along which the sum stays is not rare: a classifier's biases.
+    if tensor.is_floating_point() and tensor.layout == torch.strided:
+        total = total + torch.linalg.vector_norm(tensor, dtype=dtype)
+    return total.item()
 
 
 def owners_of(model: nn.Module, trainer: Any = None) -> dict[str, Any]:
