@@ -17,7 +17,7 @@ from .saving.checkpoint import last_complete_checkpoint, load_state, save_state
 from .saving.hub import PushCallback, refusal_explained
 from .saving.model_card import complete_model_card, prepare_adapter_card
 from .state import XSAMState
-from .step.curvature import Curvature, top_eigenpair
+from .step.curvature import Curvature, TopEigenpair, top_eigenpair
 from .step.double_backward import Method, obstacle_in_arguments
 from .step.echo import check_echo, marks_of
 from .step.gradients import gradient_norm, gradients, gradients_set_aside, with_gradient
@@ -232,9 +232,7 @@ class XSAMTrainerMixin(_Trainer):
         set_to_combination(gradient, size, eigenvector, scale * change)
         return {"eigenvalue": state.eigenvalue, **alignment(along, length)}
 
-    def top_eigenpair(
-        self, batches: Sequence[Mapping[str, Any]], iterations: int = 20
-    ) -> tuple[dict[str, Tensor], float]:
+    def top_eigenpair(self, batches: Sequence[Mapping[str, Any]], iterations: int = 20) -> TopEigenpair:
         """Estimate the top eigenpair of the loss over `batches`: see [`hf_xsam.sharpness.top_eigenpair`]."""
         return top_eigenpair(self, batches, iterations, self.xsam_config.eigen_scope, self.xsam_config.hvp)
 
