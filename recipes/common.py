@@ -18,8 +18,11 @@ try:
 except ImportError:  # on Windows
     resource = None
 
-from hf_xsam import XSAMConfig, XSAMTrainer
+from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainer
+from hf_xsam.config import Hvp
 from hf_xsam.data.splits import chosen, load_files, with_validation
+from hf_xsam.sharpness import MeasureSettings, top_eigenpair
+from hf_xsam.sharpness.callback import choose_batches
 from hf_xsam.step.logs import NOT_RESULTS
 
 logger = logging.getLogger(__name__)
@@ -134,7 +137,7 @@ def train_and_report(
                     metrics[f"{prefix}_{name.removeprefix(f'{prefix}_').removeprefix('eval_')}"] = value
     if recipe.eigenvalue_samples:
         try:
-            metrics["top_eigenvalue"] = top_eigenvalue(trainer, recipe.eigenvalue_samples, xsam_config.hvp)
+            metrics |= top_eigenvalue(trainer, recipe.eigenvalue_samples, xsam_config.hvp)
         except Exception as error:  # for want of memory, say: the model is to be saved all the same
             logger.warning("The top eigenvalue was not measured: %r", error)
 
@@ -156,16 +159,20 @@ def peak_main_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def top_eigenvalue(trainer: Trainer, count: int, hvp: str) -> float:
-    """Return the top eigenvalue of the loss over the first `count` training examples, whatever trained the model."""
-    args = replace(trainer.args, report_to="none", push_to_hub=False)
-    measuring = XSAMTrainer(model=trainer.model, args=args, xsam_config=XSAMConfig(hvp=hvp))
-    measuring.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs
+def top_eigenvalue(trainer: Trainer, count: int, hvp: Hvp) -> dict[str, float]:
+    """Return the top eigenvalue of the trainer's loss over the first `count` training examples, with its residual."""
     examples = [trainer.train_dataset[i] for i in range(min(count, len(trainer.train_dataset)))]
-    size = min(trainer.args.per_device_train_batch_size, len(examples))
-    whole = len(examples) - len(examples) % size  # equal batches, so that the mean of their means is the mean
-    batches = [trainer.data_collator(examples[start : start + size]) for start in range(0, whole, size)]
-    return measuring.top_eigenpair(batches, iterations=10)[1]
+    if trainer.is_fsdp_enabled:
+        logger.warning("Under FSDP, top_eigenvalue is from 20 power iterations: its residual says how far they came.")
+        size = trainer.args.per_device_train_batch_size
+        whole = len(examples) - len(examples) % size or len(examples)  # equal batches, which count alike
+        found = top_eigenpair(trainer, choose_batches(trainer, examples[:whole], whole, seed=0))
+        eigenvalue, residual = found.eigenvalue, found.residual
+    else:
+        settings = MeasureSettings(trace_samples=0, rhos=[], slice_points=0, hvp=hvp)
+        measured = XSAMCallback(trainer, samples=len(examples), dataset=examples, settings=settings).measure()
+        (eigenvalue,), (residual,) = measured.eigenvalues, measured.residuals
+    return {"top_eigenvalue": eigenvalue, "top_eigenvalue_residual": residual}
 
 
 def card_facts(recipe: RecipeArguments, task: str, default_model: str | None, default_data: str) -> dict[str, Any]:

@@ -46,8 +46,8 @@ class Sharpness:
         loss: L(w).
         gradient_norm: norm(g) of g = grad L(w).
         eigenvalues: of the Hessian at w, the algebraically largest first.
-        residuals: norm(H v - lambda v) / abs(lambda) of each eigenvalue lambda and its eigenvector v, about the
-            settings' tolerance at most. It bounds the eigenvalue's relative error.
+        residuals: norm(H v - lambda v) / abs(lambda) of each eigenvalue lambda and its eigenvector v: at most about the
+            settings' tolerance, or the error of finite differences where that is larger.
         eigenvectors: theirs, each by parameter name, jointly of norm 1, in float32 or wider, on the parameters'
             devices. They are not written to files.
         gradient_angles_degrees: between g and each eigenvector, 0 to 90: an eigenvector has no sign, so 120 degrees
