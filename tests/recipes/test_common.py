@@ -53,5 +53,6 @@ def test_the_top_eigenvalue_is_that_of_the_first_examples(recipe, options, mode,
     batch = collate([trainer.train_dataset[i] for i in range(11)])
     settings = MeasureSettings(trace_samples=0, slice_points=0, rhos=[], tolerance=1e-5)
     found = measure(trainer.model, [batch], settings, progress=False)
-    assert metrics["top_eigenvalue"] == pytest.approx(found.eigenvalues[0], rel=2e-3)
-    assert 0 < metrics["top_eigenvalue_residual"] <= (2e-2 if recipe is sft else 2e-3)  # by finite differences
+    tolerance = 2e-2 if recipe is sft else 2e-3  # TRL's head has finite differences alone
+    assert metrics["top_eigenvalue"] == pytest.approx(found.eigenvalues[0], rel=tolerance)
+    assert 0 < metrics["top_eigenvalue_residual"] <= tolerance
