@@ -1,6 +1,7 @@
 """What the recipes share: their arguments, the data, the trainer for a mode, and the closing table."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +12,7 @@ import yaml
 from datasets import DatasetDict, load_dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser, Trainer
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 try:
     import resource
@@ -69,7 +70,33 @@ def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None = None)
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"{path} sets {', '.join(unknown)}, which no option of this recipe is called.")
         parser.set_defaults(**settings)
-    return parser.parse_args_into_dataclasses(arguments)
+    parsed = parser.parse_args_into_dataclasses(arguments)
+    announce_processes(next(part for part in parsed if isinstance(part, TrainingArguments)))
+    return parsed
+
+
+def announce_processes(args: TrainingArguments) -> None:
+    """Print how many processes train, and how many examples a step takes.
+
+    Raises:
+        ValueError: where a launcher has started processes that do not know of each other, or fewer than asked for.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if started > args.world_size:
+        raise ValueError(
+            f"The launcher has started {started} processes (WORLD_SIZE), and Accelerate uses {args.world_size}: each "
+            "would train alone, into the same folder. On a machine without GPUs, add --use_cpu true."
+        )
+    # The launcher sets both where it was asked for several processes, and leaves starting them to mpirun.
+    if args.world_size == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ:
+        raise ValueError(
+            "`accelerate launch --cpu` starts one process, whatever --num_processes is. For several, replace --cpu by "
+            "--multi_gpu and add --use_cpu true to the recipe's options."
+        )
+    if args.process_index == 0:
+        processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        print(f"{processes}, effective batch {batch}", flush=True)
 
 
 def load_splits(recipe: RecipeArguments, embedded: Callable[[], DatasetDict]) -> DatasetDict:
@@ -163,7 +190,8 @@ def top_eigenvalue(trainer: Trainer, count: int, hvp: Hvp) -> dict[str, float]:
     """Return the top eigenvalue of the trainer's loss over the first `count` training examples, with its residual."""
     examples = [trainer.train_dataset[i] for i in range(min(count, len(trainer.train_dataset)))]
     if trainer.is_fsdp_enabled:
-        logger.warning("Under FSDP, top_eigenvalue is from 20 power iterations: its residual says how far they came.")
+        if trainer.is_world_process_zero():
+            logger.warning("Under FSDP, top_eigenvalue is that of 20 power iterations: see how large its residual is.")
         size = trainer.args.per_device_train_batch_size
         whole = len(examples) - len(examples) % size or len(examples)  # equal batches, which count alike
         found = top_eigenpair(trainer, choose_batches(trainer, examples[:whole], whole, seed=0))
