@@ -36,17 +36,26 @@ class DataArguments(TextColumns, ImageColumns, LanguageColumns):
 
     dataset: str = field(
         metadata={
-            "help": "movie_reviews, digits or movie_text, which are embedded; a csv, json, jsonl or parquet file; or a "
+            "help": "movie_reviews, digits or movie_text, which need no hub; a csv, json, jsonl or parquet file; or a "
             "data set on the hub."
         }
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the hub."})
     split: str = field(
         default="train",
-        metadata={"help": "Split of the data set, as the recipes split it; a file is 'train' as a whole."},
+        metadata={"help": "Split of the data set, as in the recipes; the split of a file is 'train'."},
     )
-    samples: int = field(default=256, metadata={"help": "Measure on so many examples, chosen once for all runs."})
-    batch_size: int = field(default=32, metadata={"help": "Examples at a time; fewer take less memory."})
+    samples: int = field(
+        default=256, metadata={"help": "Number of examples to measure on, the same ones for every run."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Examples per batch; smaller batches take less memory."})
+    text_column: str = field(
+        default="text",
+        metadata={
+            "help": "Column of the text. For a language model also of a chat's messages: if there is no column 'text', "
+            "'messages' is read."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "max_length"):
@@ -83,7 +92,7 @@ def embedded(name: str) -> DatasetDict:
 
 
 def prepare(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.Module, DataLoader]:
-    """Return the model, and batches of the split's examples as it takes them."""
+    """Return the model, and batches of the split's examples in the form that it takes."""
     by_task = {
         "text-classification": prepare_texts,
         "image-classification": prepare_images,
@@ -99,7 +108,7 @@ def prepare_texts(saved: SavedModel, split: Dataset, data: DataArguments) -> tup
     tokenizer = load_tokenizer(saved)
     sample = tokenized(chosen(split, data.samples), encode, tokenizer)
     model = load_classifier(saved, number_of)
-    # By the padding token, language models know where a text ends.
+    # Language models find the end of a text by the padding token.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, DataLoader(sample, data.batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
 
@@ -115,7 +124,7 @@ def prepare_images(saved: SavedModel, split: Dataset, data: DataArguments) -> tu
 
 
 def prepare_language(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.Module, DataLoader]:
-    """Return a causal language model, and batches of texts, or of completions of prompts."""
+    """Return a causal language model, and batches of texts or chats, or of completions of prompts."""
     encode = data.language_encoder(split)
     tokenizer = load_tokenizer(saved)
     sample = tokenized(chosen(split, data.samples), encode, tokenizer)
@@ -123,18 +132,18 @@ def prepare_language(saved: SavedModel, split: Dataset, data: DataArguments) -> 
 
 
 def tokenized(sample: Dataset, encode: Callable[..., dict[str, list]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Return the examples as `encode` turns them into tokens."""
+    """Return the examples as tokens, which `encode` makes of them."""
     return sample.map(encode, fn_kwargs={"tokenizer": tokenizer}, batched=True, remove_columns=sample.column_names)
 
 
 def class_numbers(split: Dataset, column: str, saved: SavedModel) -> dict[Any, int]:
-    """Return the model's number of the class that each value of the label column is.
+    """Return the model's class number for each value of the label column.
 
-    Classes are matched by the model's names for them, else by their order, where there are as many as the model has.
+    Classes are matched by their names, or by their order if the model has other names for as many classes.
     """
     names, number_of = label_names(split, column)
     if hidden := sorted(set(split.unique(column)) - number_of.keys()):
-        raise ValueError(f"label_column {column!r} has {hidden}, which is no class: choose a split with labels.")
+        raise ValueError(f"label_column {column!r} has {hidden}, which is not a class: choose a split with labels.")
     label2id = saved.config.label2id or {}
     for spelled in (str, str.casefold):
         known = {spelled(name): int(number) for name, number in label2id.items()}
@@ -143,14 +152,17 @@ def class_numbers(split: Dataset, column: str, saved: SavedModel) -> dict[Any, i
     # How many classes an adapter has shows when it is loaded.
     if saved.base is None and len(names) != saved.config.num_labels:
         raise ValueError(
-            f"label_column {column!r} has {len(names)} classes, the model has {saved.config.num_labels}: measure it on "
-            "data of the kind that it was trained on."
+            f"label_column {column!r} has {len(names)} classes, and the model has {saved.config.num_labels}: measure "
+            "it on the kind of data that it was trained on."
         )
     # LABEL_0 is what transformers calls a class without a name.
     if saved.base is None and not any(name.startswith("LABEL_") for name in label2id):
         in_order = sorted(label2id, key=label2id.__getitem__)
         by_order = ", ".join(f"{name} as {known}" for name, known in zip(names, in_order, strict=True))
-        print(f"The model has other names for the classes of label_column {column!r}; it takes {by_order}.")
+        print(
+            f"The model's classes have other names than those of label_column {column!r}; they are matched in order: "
+            f"{by_order}."
+        )
     return number_of
 
 
@@ -188,6 +200,6 @@ def _from_either(kind: Any, saved: SavedModel, what: str) -> Any:
         except (OSError, ValueError) as error:
             reasons.append(first_line(error))
     raise ValueError(
-        f"{saved.name!r} has no {what} that loads ({'; '.join(reasons)}): save it into the same folder with "
+        f"{saved.name!r} has no {what} that can be loaded ({'; '.join(reasons)}): save one into the same folder with "
         "save_pretrained."
     )

@@ -13,6 +13,8 @@ from datasets import Dataset
 from .encoding import encode_images, encode_language, encode_texts
 from .splits import require_columns
 
+MESSAGES = "messages"  # what the column of conversations is called in TRL's formats
+
 
 @dataclass
 class TextColumns:
@@ -21,7 +23,7 @@ class TextColumns:
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, if any."})
     label_column: str = field(default="label", metadata={"help": "Column of the label: an integer or a string."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
+    max_length: int = field(default=128, metadata={"help": "Maximum number of tokens; longer texts are truncated."})
 
     def text_encoder(self, split: Dataset, number_of: Mapping[Any, int]) -> Callable[..., dict[str, list]]:
         """Return what turns a batch of texts, with `tokenizer` given by name, into tokens and numbers of classes.
@@ -69,23 +71,34 @@ class ImageColumns:
 
 @dataclass
 class LanguageColumns:
-    """The columns of texts, or of prompts and completions, for a causal language model."""
+    """The columns of texts, or of prompts and completions, for a causal language model.
 
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    completion_only_loss: bool = field(
-        default=False, metadata={"help": "Compute the loss of completions, given their prompts, instead of texts."}
+    Each may hold messages too, which the tokenizer's chat template makes texts of.
+    """
+
+    text_column: str = field(
+        default="text",
+        metadata={"help": "Column of the text, or of a chat's messages; if there is no 'text', 'messages' is read."},
     )
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt."})
-    completion_column: str = field(default="completion", metadata={"help": "Column of the completion."})
-    max_length: int = field(default=512, metadata={"help": "Longer texts are cut to so many tokens."})
+    completion_only_loss: bool = field(
+        default=False,
+        metadata={"help": "For a language model: compute the loss of completions given prompts, not of texts."},
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "Column of the prompt, a text or messages."})
+    completion_column: str = field(
+        default="completion", metadata={"help": "Column of the completion, a text or messages."}
+    )
+    max_length: int = field(default=512, metadata={"help": "Maximum number of tokens; longer texts are truncated."})
 
     def language_encoder(self, split: Dataset) -> Callable[..., dict[str, list]]:
-        """Return what turns a batch of texts, with `tokenizer` given by name, into tokens and labels.
+        """Return what turns a batch of texts or messages, with `tokenizer` given by name, into tokens and labels.
 
         Raises:
             ValueError: where the split lacks a column.
         """
         options = ("prompt_column", "completion_column") if self.completion_only_loss else ("text_column",)
         columns = {option: getattr(self, option) for option in options}
+        if columns == {"text_column": "text"} and "text" not in split.column_names and MESSAGES in split.column_names:
+            columns["text_column"] = MESSAGES
         require_columns(split, **columns)
         return partial(encode_language, columns=tuple(columns.values()), max_length=self.max_length)

@@ -1,8 +1,10 @@
 """Encode batches of rows as model inputs. Each function is for `Dataset.map` or `Dataset.set_transform`."""
 
 from collections.abc import Callable, Mapping
+from itertools import chain, takewhile
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -51,33 +53,84 @@ def encode_language(
 ) -> dict[str, list]:
     """Tokenize texts, or prompts and completions, for a language model; return `input_ids` and `labels`.
 
-    Each row ends with the end-of-sequence token. A text that is too long is cut at its end, a prompt with its
-    completion at the beginning.
+    Each may also be a conversation, a list of messages with a `role` and a `content`, which goes through the
+    tokenizer's chat template. A row of texts ends with the end-of-sequence token, one of messages as the template ends
+    it. A row that is too long is cut at its end, a prompt with its completion at the beginning.
 
     Args:
-        batch: columns of texts.
+        batch: columns of texts or of messages.
         tokenizer: the model's tokenizer.
         columns: name of the text column, or of the prompt and the completion column. Prompt tokens are labelled -100.
         max_length: maximum number of tokens in a row; None does not truncate.
+
+    Raises:
+        ValueError: for a row that is neither, and messages without a chat template or that it does not take.
     """
-    end = [tokenizer.eos_token_id]
+    tokenize = _tokenized_messages if isinstance(batch[columns[0]][0], list) else _tokenized_texts
+    rows, starts = tokenize(batch, tokenizer, columns)
     if len(columns) == 1:
-        ids = [(row + end)[:max_length] for row in tokenizer(_texts(batch, columns[0]))["input_ids"]]
+        ids = [row[:max_length] for row in rows]
         return {"input_ids": ids, "labels": ids}
-    prompts = tokenizer(_texts(batch, columns[0]))["input_ids"]
-    completions = tokenizer(_texts(batch, columns[1]), add_special_tokens=False)["input_ids"]
-    pairs = list(zip(prompts, completions, strict=True))
     last = slice(-max_length if max_length else None, None)
     return {
-        "input_ids": [(prompt + completion + end)[last] for prompt, completion in pairs],
-        "labels": [([IGNORED] * len(prompt) + completion + end)[last] for prompt, completion in pairs],
+        "input_ids": [row[last] for row in rows],
+        "labels": [([IGNORED] * start + row[start:])[last] for row, start in zip(rows, starts, strict=True)],
     }
+
+
+def _tokenized_texts(
+    batch: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...]
+) -> tuple[list[list[int]], list[int]]:
+    """Return the tokens of each row, of all its columns, and how many of them are before the last column's."""
+    end = [tokenizer.eos_token_id]
+    first = tokenizer(_texts(batch, columns[0]))["input_ids"]
+    if len(columns) == 1:
+        return [row + end for row in first], [0] * len(first)
+    completions = tokenizer(_texts(batch, columns[1]), add_special_tokens=False)["input_ids"]
+    rows = [prompt + completion + end for prompt, completion in zip(first, completions, strict=True)]
+    return rows, [len(prompt) for prompt in first]
+
+
+def _tokenized_messages(
+    batch: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...]
+) -> tuple[list[list[int]], list[int]]:
+    """Return the same of rows of messages; the template's opening of the answer counts for the prompt."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"Column {columns[0]!r} holds messages, and the tokenizer has no chat template: use a chat model, set "
+            "tokenizer.chat_template and save it, or choose a column of texts."
+        )
+    parts = [_messages(batch, column) for column in columns]
+    try:
+        rows = _through_template(tokenizer, [list(chain(*row)) for row in zip(*parts, strict=True)])
+        if len(columns) == 1:
+            return rows, [0] * len(rows)
+        prompts = _through_template(tokenizer, parts[0], add_generation_prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"Column {columns[0]!r} holds messages that the chat template refuses: {error}") from error
+    return rows, [_shared(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _through_template(tokenizer: Any, conversations: list[list[dict]], **options: Any) -> list[list[int]]:
+    return tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=True, **options)["input_ids"]
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """Return how many tokens the two have in common at their beginnings."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _numbers(batch: Mapping[str, list], column: str, number_of: Mapping[Any, int]) -> list[int]:
     if wrong := [value for value in batch[column] if value not in number_of]:
         raise ValueError(f"Column {column!r} holds {wrong[0]!r}, which is not a class of the training data.")
     return [number_of[value] for value in batch[column]]
+
+
+def _messages(batch: Mapping[str, list], column: str) -> list[list[dict]]:
+    for row in batch[column]:
+        if not (isinstance(row, list) and row and all(isinstance(each, dict) and "role" in each for each in row)):
+            raise ValueError(f"Column {column!r} holds {row!r}, not messages with a role: remove such rows.")
+    return batch[column]
 
 
 def _texts(batch: Mapping[str, list], column: str) -> list[str]:

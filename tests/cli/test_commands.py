@@ -59,7 +59,7 @@ def run(*words):
 
 def measured(model, dataset, *options):
     """Run `hf-xsam sharpness` in this process, and return what it writes."""
-    main(["sharpness", str(model), "--dataset", str(dataset), *FEW, *QUIET, *map(str, options)])
+    main(["sharpness", str(model), "--dataset", str(dataset), "--overwrite", *FEW, *QUIET, *map(str, options)])
     return json.loads((Path(model) / "sharpness.json").read_text())
 
 
@@ -95,7 +95,7 @@ def test_classes_are_matched_by_name_else_in_order_and_said_so(tmp_path, reviews
         names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
         save_tiny_classifier(tmp_path / name, **names)
         losses[name] = measured(tmp_path / name, reviews)["loss"]
-        said = "it takes no as good, yes as bad." in capsys.readouterr().out
+        said = "they are matched in order: no as good, yes as bad." in capsys.readouterr().out
         assert said == (name == "other")
     assert losses["same"] == losses["case"] != losses["other"]
 
@@ -211,6 +211,111 @@ def test_a_language_models_adapter(tmp_path):
     assert found["settings"]["targets"] == 8 * 3
 
 
+# A template with an opening of the answer, "a :", which ends each message by the end-of-sequence token.
+TEMPLATE = (
+    "{% for m in messages %}{{ 'a : ' if m.role == 'assistant' else '' }}{{ m.content }} {{ eos_token }} {% endfor %}"
+    "{{ 'a :' if add_generation_prompt else '' }}"
+)
+
+
+@pytest.fixture
+def chat_model(tmp_path):
+    """A folder of a language model whose tokenizer has a chat template."""
+    folder = save_tiny_language_model(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+def jsonl(path, rows):
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_chats_go_through_the_chat_template(tmp_path, chat_model):
+    asked = [[says("user", f"a {word} film"), says("assistant", f"{word} plot")] for word in WORDS[:6]]
+    chats = jsonl(tmp_path / "chats.jsonl", [{"messages": messages} for messages in asked])
+    found = measured(chat_model, chats)
+    # The texts that the template makes of them, without the last end-of-sequence token, which each text gets.
+    as_texts = [{"text": f"a {word} film </s> a : {word} plot"} for word in WORDS[:6]]
+    expected = measured(chat_model, jsonl(tmp_path / "texts.jsonl", as_texts))
+    assert (found["loss"], found["settings"]["targets"]) == (expected["loss"], 6 * 8)
+    chats = jsonl(tmp_path / "named.jsonl", [{"text": "a", "talk": messages} for messages in asked])
+    assert measured(chat_model, chats, "--text_column", "talk")["loss"] == found["loss"]
+
+
+def test_the_answers_to_conversational_prompts(tmp_path, chat_model):
+    rows = [
+        {"prompt": [says("user", f"a {word} film")], "completion": [says("assistant", f"{word} plot")]}
+        for word in WORDS[:6]
+    ]
+    found = measured(chat_model, jsonl(tmp_path / "chats.jsonl", rows), "--completion_only_loss")
+    as_texts = [{"prompt": f"a {word} film </s> a :", "completion": f"{word} plot"} for word in WORDS[:6]]
+    expected = measured(chat_model, jsonl(tmp_path / "texts.jsonl", as_texts), "--completion_only_loss")
+    # Two words and the end of each answer are predicted, and nothing that the template puts before.
+    assert (found["loss"], found["settings"]["targets"]) == (expected["loss"], 6 * 3)
+    # Cut at the beginning, so that the answers stay.
+    cut = measured(chat_model, tmp_path / "chats.jsonl", "--completion_only_loss", "--max_length", "4")
+    assert cut["settings"]["targets"] == 6 * 3
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "message"),
+    [
+        (
+            None,
+            {"messages": [says("user", "good")]},
+            "'messages' holds messages, and the tokenizer has no chat template",
+        ),
+        (
+            "{{ raise_exception('Roles must alternate.') }}",
+            {"messages": [says("user", "good")]},
+            "'messages' holds messages that the chat template refuses: Roles must alternate.",
+        ),
+        (TEMPLATE, {"messages": []}, r"'messages' holds \[\], not messages with a role"),
+        (TEMPLATE, {"messages": [{"from": "human"}]}, "'messages' holds .*'human'.*, not messages with a role"),
+        (TEMPLATE, {"messages": "good"}, None),
+    ],
+)
+def test_chats_that_do_not_fit_are_named(tmp_path, chat_model, capsys, template, row, message):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = template
+    for path in Path(chat_model).glob("chat_template*"):
+        path.unlink()
+    tokenizer.save_pretrained(chat_model)
+    words = ["sharpness", chat_model, "--dataset", jsonl(tmp_path / "d.jsonl", [row] * 3), *FEW, *QUIET]
+    if message:
+        assert re.search(message, refused(capsys, *words))
+    else:  # a column of that name may hold texts
+        main(list(map(str, words)))
+
+
+def test_an_answer_that_is_a_text_is_named(tmp_path, chat_model, capsys):
+    rows = jsonl(tmp_path / "d.jsonl", [{"prompt": [says("user", "a film")], "completion": "good"}] * 3)
+    words = ["sharpness", chat_model, "--dataset", rows, "--completion_only_loss", *FEW, *QUIET]
+    assert "Column 'completion' holds 'good', not messages with a role" in refused(capsys, *words)
+
+
+def test_an_earlier_measurement_is_kept_unless_asked(tmp_path, reviews, capsys):
+    save_tiny_classifier(tmp_path / "model")
+    measured(tmp_path / "model", reviews)
+    file = tmp_path / "model" / "sharpness.json"
+    before = file.read_bytes()
+    # Said before the model and the data are looked at, which are not there.
+    (tmp_path / "model" / "config.json").unlink()
+    for options in ([], ["--output_file", tmp_path / "model"], ["--output_file", file]):
+        said = refused(capsys, "sharpness", tmp_path / "model", "--dataset", "nowhere.csv", *options)
+        assert f"{file} holds an earlier measurement: replace it with --overwrite, or name another file" in said
+    assert file.read_bytes() == before
+    said = refused(capsys, "sharpness", tmp_path / "model", "--dataset", reviews, "--overwrite")
+    assert "holds no saved model" in said
+
+
 def test_help(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
@@ -246,7 +351,7 @@ finally:
 def test_a_mistake_is_a_sentence_and_no_traceback(tmp_path):
     result = run("sharpness", tmp_path / "nowhere", "--dataset", "digits")
     assert result.returncode == 2
-    assert "is no folder here, and no model that the hub gives us" in result.stderr
+    assert "is neither a local folder nor a model that can be loaded from the hub (" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -256,7 +361,7 @@ def test_models_that_do_not_fit_are_named(tmp_path, reviews, capsys):
     assert "holds no saved model or adapter. Measure one of its checkpoints: checkpoint-7." in message
     BertForMaskedLM(BertConfig(vocab_size=18, **TINY)).save_pretrained(tmp_path / "masked")
     message = refused(capsys, "sharpness", tmp_path / "masked", "--dataset", reviews)
-    assert "is a BertForMaskedLM; it must be one for text classification" in message
+    assert "is a BertForMaskedLM; it must be a model for text classification" in message
     model = save_tiny_classifier(tmp_path / "base")
     adapter_of(model, tmp_path / "adapter", tmp_path / "base", task_type="SEQ_CLS")
     (tmp_path / "base").rename(tmp_path / "moved")
@@ -276,7 +381,7 @@ def test_models_that_do_not_fit_are_named(tmp_path, reviews, capsys):
         (["--split", "dev"], "split is 'dev'; .* has train"),
         (["--text_column", "body"], "text_column is 'body'; the data has text, label"),
         (["--label_column", "mark"], "label_column is 'mark'; the data has text, label"),
-        (["--label_column", "text"], "label_column 'text' has 6 classes, the model has 2"),
+        (["--label_column", "text"], "label_column 'text' has 6 classes, and the model has 2"),
         (["--device", "abacus"], "device is 'abacus', which torch cannot use"),
         (["--samples", "0"], "samples is 0; it must be at least 1"),
         (["--eigen_scope", "lora"], "eigen_scope is 'lora', which matches no trainable parameter"),
@@ -322,7 +427,7 @@ def test_a_damaged_tokenizer_is_named(tmp_path, reviews, capsys):
     (tmp_path / "model" / "tokenizer.json").write_text("{")
     (tmp_path / "model" / "vocab.txt").unlink()
     said = refused(capsys, "sharpness", tmp_path / "model", "--dataset", reviews, *FEW, *QUIET)
-    assert re.search(r"model' has no tokenizer that loads \(.+\): save it into the same folder", said)
+    assert re.search(r"model' has no tokenizer that can be loaded \(.+\): save one into the same folder", said)
 
 
 def test_packages_that_are_missing_are_named(capsys, monkeypatch):
