@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog=f"commands:\n{overview}\n\n`hf-xsam COMMAND --help` lists a command's options.",
         formatter_class=RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     name = parser.parse_args(words[:1]).command
 
     from transformers import HfArgumentParser  # here, and not for the help above: the import takes a second

@@ -1,4 +1,4 @@
-"""`hf-xsam plot`: runs side by side, as one figure and as one page for the browser."""
+"""Draw runs side by side, as one figure and as one page for the browser."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +9,7 @@ PAGE_NAME = "runs.html"
 
 @dataclass
 class PlotArguments:
-    """Which runs to draw, and where to."""
+    """Which runs to draw, and where to write the files."""
 
     runs: list[str] = field(
         metadata={
@@ -27,8 +27,8 @@ def run(arguments: PlotArguments) -> None:
     """Draw the runs into `arguments.output`, and print the paths of the two files.
 
     Raises:
-        RunError: for a run that cannot be read, or runs without anything to draw.
-        OSError: for a folder that cannot be written into.
+        ValueError: if a run cannot be read, or there is nothing to draw; mostly a `RunError`.
+        OSError: if the folder cannot be written into.
     """
     # Here, and not for the options' help: matplotlib and torch take seconds.
     from ..plotting import RunError, build_panels, draw_figure, read_runs, render_page

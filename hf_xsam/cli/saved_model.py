@@ -59,7 +59,7 @@ class SavedModel:
         """
         try:
             adapter = find_adapter_config_file(name)
-        except (OSError, ValueError):  # for a name that cannot be one on the hub; asked for its config, it is refused
+        except (OSError, ValueError):  # for an impossible name, which is refused when its config is read
             adapter = None
         if adapter is None:
             config = _config(name)
@@ -100,7 +100,7 @@ def _config(name: str) -> PreTrainedConfig:
     except (OSError, ValueError) as error:
         if not os.path.isdir(name):
             raise ValueError(
-                f"{name!r} is no folder here, and no model that the hub gives us ({first_line(error)})."
+                f"{name!r} is neither a local folder nor a model that can be loaded from the hub ({first_line(error)})."
             ) from error
         checkpoints = [path.name for path in checkpoints_in(name)]
         instead = f"Measure one of its checkpoints: {', '.join(checkpoints)}." if checkpoints else ""
@@ -113,6 +113,6 @@ def _task(name: str, architectures: list[str]) -> Task:
             if part in architecture:
                 return task
     raise ValueError(
-        f"{name!r} is a {', '.join(architectures) or 'model of no architecture that its config names'}; it must be one "
+        f"{name!r} is a {', '.join(architectures) or 'model whose config names no architecture'}; it must be a model "
         "for text classification, image classification or causal language modelling."
     )

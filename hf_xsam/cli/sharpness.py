@@ -1,4 +1,4 @@
-"""Measure how sharp the minimum of a saved model is, print a table, and write it all to sharpness.json."""
+"""Measure how sharp the minimum of a saved model is, print a table, and write everything to sharpness.json."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,12 +19,18 @@ class SharpnessArguments:
     """The model, where to measure it, and where to write."""
 
     model: str = field(metadata={"help": "Folder or hub name of a model, or of a PEFT adapter."})
-    device: str = field(default="auto", metadata={"help": "'cpu', 'cuda', 'cuda:1', ...; 'auto' is a GPU if any."})
-    progress: bool = field(default=True, metadata={"help": "Show a progress bar."})
+    device: str = field(
+        default="auto", metadata={"help": "'cpu', 'cuda', 'cuda:1', ...; 'auto' uses a GPU if there is one."}
+    )
+    progress: bool = field(default=True, metadata={"help": "Show a progress bar; --no_progress hides it."})
     output_file: str | None = field(
         default=None,
-        metadata={"help": f"Where to write; by default {FILE_NAME} in the model's folder, for a hub model made here."},
+        metadata={
+            "help": f"File to write; by default {FILE_NAME} in the model's folder, or for a hub model in a new folder "
+            "here."
+        },
     )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier measurement in the file to write."})
 
 
 ARGUMENTS = (SharpnessArguments, DataArguments, MeasureSettings)
@@ -34,12 +40,11 @@ def run(arguments: SharpnessArguments, data: DataArguments, settings: MeasureSet
     """Measure, print, and write.
 
     Raises:
+        FileExistsError: if there is an earlier measurement, and no `overwrite`.
         ValueError: for a model, data, column, split, device or scope that does not fit; the message says why.
-        ArithmeticError: where the loss is not finite, or has no eigenpairs that can be found.
+        ArithmeticError: if the loss is not finite, or has no eigenpairs that can be found.
     """
-    # A hub model's folder is one of its name, here.
-    folder = Path(arguments.model if Path(arguments.model).is_dir() else Path(arguments.model).name)
-    path = Path(arguments.output_file or folder / FILE_NAME)
+    path = file_to_write(arguments)
     device = find_device(arguments.device)
     saved = SavedModel.find(arguments.model)
     torch.manual_seed(settings.seed)
@@ -48,15 +53,34 @@ def run(arguments: SharpnessArguments, data: DataArguments, settings: MeasureSet
     sharpness = measure(model.to(device), dataloader, settings, progress=arguments.progress)
     sharpness.model = arguments.model
     sharpness.settings = {**asdict(data), "samples": min(data.samples, len(split)), **sharpness.settings}
-    print_table(sharpness)  # first: the figures are there though they cannot be written
+    print_table(sharpness)  # first, in case the file cannot be written
     print(f"Written to {sharpness.save(path)}")
+
+
+def file_to_write(arguments: SharpnessArguments) -> Path:
+    """Return the path of the file to write.
+
+    Raises:
+        FileExistsError: if there is such a file already, and no `overwrite`.
+    """
+    # A hub model's folder is one of its name, here.
+    folder = Path(arguments.model if Path(arguments.model).is_dir() else Path(arguments.model).name)
+    path = Path(arguments.output_file or folder / FILE_NAME)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if path.exists() and not arguments.overwrite:
+        raise FileExistsError(
+            f"{path} holds an earlier measurement: replace it with --overwrite, or name another file with "
+            "--output_file."
+        )
+    return path
 
 
 def find_device(name: str) -> torch.device:
     """Return the device that `name` names.
 
     Raises:
-        ValueError: where there is no such device.
+        ValueError: if there is no such device.
     """
     if name == "auto":
         name = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
@@ -67,7 +91,7 @@ def find_device(name: str) -> torch.device:
 
 
 def print_table(sharpness: Sharpness) -> None:
-    """Print what was found."""
+    """Print what was measured."""
     settings = sharpness.settings
     table = Table("", "value", title=f"{sharpness.model} on {settings['samples']} of {settings['dataset']}")
     table.add_row("loss", f"{sharpness.loss:.4g}")

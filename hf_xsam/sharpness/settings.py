@@ -27,27 +27,35 @@ class MeasureSettings:
         hvp (`str`, *optional*, defaults to `"auto"`):
             How Hessian-vector products are computed: values as for `XSAMConfig.hvp`.
         tolerance (`float`, *optional*, defaults to 1e-3):
-            Of the eigenpairs' residual, see [`hf_xsam.functional.spectrum.top_eigenpairs`].
+            Largest relative residual of the eigenpairs, see [`hf_xsam.functional.spectrum.top_eigenpairs`].
         seed (`int`, *optional*, defaults to 0):
-            Of Lanczos's start and of the trace's random vectors.
+            Seed of Lanczos's start and of the trace's random vectors.
 
     Raises:
         ValueError: for a value that is not allowed; the message names the field, the value and what is.
     """
 
-    top_k: int = field(default=1, metadata={"help": "Eigenvalues of the Hessian to find."})
-    trace_samples: int = field(default=8, metadata={"help": "Random vectors for its trace; 0 for no trace."})
-    rhos: list[float] = field(default_factory=lambda: [0.01, 0.05], metadata={"help": "Radii of SAM's sharpness."})
-    slice_radius: float = field(default=0.5, metadata={"help": "How far slices of the loss reach from the weights."})
-    slice_points: int = field(default=21, metadata={"help": "Losses on each slice; 0 for no slices."})
+    top_k: int = field(default=1, metadata={"help": "Number of eigenvalues to find, the largest first."})
+    trace_samples: int = field(default=8, metadata={"help": "Random vectors for the Hessian's trace; 0 for no trace."})
+    rhos: list[float] = field(
+        default_factory=lambda: [0.01, 0.05], metadata={"help": "Radii to measure SAM's sharpness at."}
+    )
+    slice_radius: float = field(default=0.5, metadata={"help": "How far the slices reach from the weights."})
+    slice_points: int = field(default=21, metadata={"help": "Points on each slice of the loss; 0 for no slices."})
     eigen_scope: str = field(
         default="trainable",
         metadata={"help": "Parameters to measure over: 'trainable', 'lora', 'norm', or a regular expression."},
     )
     hvp: Hvp = field(
-        default="auto", metadata={"help": "Hessian-vector products by double backward, finite difference, or either."}
+        default="auto",
+        metadata={
+            "help": "Hessian-vector products: 'exact' (double backward), 'finite_difference', or 'auto', exact if the "
+            "model allows it."
+        },
     )
-    tolerance: float = field(default=1e-3, metadata={"help": "Relative residual at which an eigenpair is found."})
+    tolerance: float = field(
+        default=1e-3, metadata={"help": "Relative residual below which an eigenpair counts as found."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the random vectors."})
 
     def __post_init__(self) -> None:
