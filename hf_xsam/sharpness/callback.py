@@ -2,6 +2,7 @@
 
 import logging
 import random
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,30 +26,31 @@ class XSAMCallback(TrainerCallback):
         trainer = Trainer(...)
         trainer.add_callback(XSAMCallback(trainer, every=50))
 
-    The same examples each time, in evaluation mode, in the trainer's precision. It logs `sharpness/loss`,
-    `sharpness/gradient_norm`, `sharpness/top_eigenvalue`, `sharpness/gradient_angle_degrees` (between gradient and top
-    eigenvector, 0 to 90), `sharpness/sam_sharpness` (L(w + rho * g / norm(g)) - L(w)) and `sharpness/trace`, for the
-    trainer's reports and its `trainer_state.json`. Training goes on bit for bit as without it. With several processes
-    each measures the same examples. A measurement that fails, as on a loss that is not finite or for want of memory, is
-    skipped with a warning.
+    It measures the same examples each time, in evaluation mode and in the trainer's precision; with several processes,
+    each measures all of them. It logs `sharpness/loss`, `sharpness/gradient_norm`, `sharpness/top_eigenvalue`,
+    `sharpness/gradient_angle_degrees` (between gradient and top eigenvector, 0 to 90), `sharpness/sam_sharpness`
+    (L(w + rho * g / norm(g)) - L(w)) and `sharpness/trace`, for the trainer's reports and its `trainer_state.json`.
+    With several rhos, each has its own key, such as `sharpness/sam_sharpness_0.01`. Training is the same, bit for bit,
+    as without the callback. A measurement that fails, because the loss is not finite or memory runs out, is skipped
+    with a warning.
 
     Args:
         trainer ([`~transformers.Trainer`]):
-            Whose loss, model, precision and data collator it takes. (A callback's methods get no trainer.)
+            The trainer whose loss, model, precision and data collator are used. (A callback's methods get no trainer.)
         every (`int`, *optional*):
-            Optimizer steps between two measurements, at least 1; None measures at the end of training alone.
+            Optimizer steps between two measurements, at least 1; None measures only at the end of training.
         samples (`int`, *optional*, defaults to 256):
-            Examples to measure on, chosen at random once.
+            Number of examples to measure on, chosen at random once.
         dataset (*optional*):
-            Where they come from, of the trainer's own kind and with a length; by default its `train_dataset`.
+            The examples to choose from, of the trainer's own kind and with a length; by default its `train_dataset`.
         settings ([`~hf_xsam.sharpness.MeasureSettings`], *optional*):
-            What to measure, by default `MeasureSettings(rhos=[0.05], trace_samples=0, slice_points=0)`. Logs have the
-            first eigenpair and the first of `rhos` alone, and no slices; the callback's `measure()` returns it all.
-            The seed is apart from the trainer's, and chooses the examples too.
+            What to measure, by default `MeasureSettings(rhos=[0.05], trace_samples=0)`. Of several eigenpairs, only the
+            first is logged. Slices are not logged, so they are not measured either, whatever `slice_points` is. The
+            seed also chooses the examples; it is not the trainer's.
 
     Raises:
         ValueError: for a value that is not allowed, data without a length, and FSDP.
-        ImportError: without scipy.
+        ImportError: if scipy is missing.
     """
 
     def __init__(
@@ -65,24 +67,24 @@ class XSAMCallback(TrainerCallback):
         data = trainer.train_dataset if dataset is None else dataset
         if not hasattr(data, "__len__"):
             raise ValueError(
-                f"XSAMCallback chooses among examples by number, which a {type(data).__name__} does not have: pass "
-                "dataset=, a list of examples."
+                f"XSAMCallback needs data with a length, which a {type(data).__name__} does not have: pass dataset=, a "
+                "list of examples."
             )
         if trainer.is_fsdp_enabled:
             raise ValueError("XSAMCallback cannot measure a model sharded by FSDP: use XSAMTrainer.top_eigenpair.")
         if find_spec("scipy") is None:
-            raise ImportError("XSAMCallback finds eigenvalues by scipy: pip install 'hf_xsam[tools]'")
+            raise ImportError("XSAMCallback needs scipy: pip install 'hf_xsam[tools]'")
         assert isinstance(trainer.model, nn.Module)
-        if settings is None:
-            settings = MeasureSettings(rhos=[0.05], trace_samples=0, slice_points=0)
+        settings = MeasureSettings(rhos=[0.05], trace_samples=0) if settings is None else settings
         parameters_in_scope(trainer.model, settings.eigen_scope, "eigen_scope")  # refused now, not at each measurement
         self._trainer, self._every, self._samples, self._data = trainer, every, samples, data
-        self._settings = settings
+        # Slices cannot be logged, and `measure`'s defaults have 42 losses for them.
+        self._settings = replace(settings, slice_points=0)
         self._batches: list[Any] | None = None
         self._measured_at: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure where it is time to; the last step's is in the checkpoint that is saved after it."""
+        """Measure if it is time; a measurement after the last step is in the checkpoint that is saved then."""
         step = state.global_step
         if step >= state.max_steps or (self._every is not None and step % self._every == 0):
             self._measure_and_log()
@@ -90,7 +92,7 @@ class XSAMCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the model that is left, unless it is the one that the last step left."""
+        """Measure the final model, unless it is the one that was measured after the last step."""
         if self._measured_at != state.global_step or args.load_best_model_at_end:
             self._measure_and_log()
         self._measured_at = None  # a second training may end at the same step
@@ -109,8 +111,8 @@ class XSAMCallback(TrainerCallback):
             "top_eigenvalue": found.eigenvalues[0],
             "gradient_angle_degrees": found.gradient_angles_degrees[0],
         }
-        if found.sam_sharpness:
-            metrics["sam_sharpness"] = found.sam_sharpness[self._settings.rhos[0]]
+        for rho, rise in found.sam_sharpness.items():
+            metrics["sam_sharpness" if len(found.sam_sharpness) == 1 else f"sam_sharpness_{rho:g}"] = rise
         if found.trace is not None:
             metrics["trace"] = found.trace.mean
         # The stock method: subclasses add to each log what they have collected since the last, and start over. It
@@ -120,7 +122,7 @@ class XSAMCallback(TrainerCallback):
         control.should_log = should_log
 
     def measure(self) -> Sharpness:
-        """Return the sharpness as the model stands, of the trainer's loss on the callback's examples."""
+        """Return the sharpness of the trainer's loss on the callback's examples, at the model's current weights."""
         trainer = self._trainer
         if self._batches is None:
             self._batches = choose_batches(trainer, self._data, self._samples, self._settings.seed)

@@ -15,7 +15,7 @@ from tests.cases import tiny_bert
 from tests.helpers import arguments, examples_of, logs_of, save_tiny_language_model, weights_of
 
 # The callback's own.
-LITTLE = {"rhos": [0.05], "trace_samples": 0, "slice_points": 0}
+LITTLE = {"rhos": [0.05], "trace_samples": 0}
 KEYS = {"loss", "gradient_norm", "top_eigenvalue", "gradient_angle_degrees", "sam_sharpness"}
 
 
@@ -118,16 +118,29 @@ def test_logs_are_of_the_loss_that_is_trained(tmp_path):
 
 
 def test_settings_say_what_is_logged(tmp_path):
-    settings = MeasureSettings(top_k=2, trace_samples=0, rhos=[0.3, 0.1], slice_points=3)
+    settings = MeasureSettings(top_k=2, trace_samples=0, rhos=[0.3, 1e-3])
     trainer = train(tmp_path, callback={"samples": 8, "settings": settings}, max_steps=1)
     found = XSAMCallback(trainer, samples=8, settings=settings).measure()
-    assert (len(found.eigenvalues), list(found.sam_sharpness), len(found.slices)) == (2, [0.3, 0.1], 2)
+    assert (len(found.eigenvalues), list(found.sam_sharpness)) == (2, [0.3, 1e-3])
     [log] = measured(trainer)
-    assert log["sharpness/sam_sharpness"] == pytest.approx(found.sam_sharpness[0.3], rel=1e-5)
-    settings = MeasureSettings(trace_samples=0, rhos=[], slice_points=0)
+    assert log["sharpness/sam_sharpness_0.3"] == pytest.approx(found.sam_sharpness[0.3], rel=1e-5)
+    assert log["sharpness/sam_sharpness_0.001"] == pytest.approx(found.sam_sharpness[1e-3], rel=1e-3, abs=1e-6)
+    assert "sharpness/sam_sharpness" not in log
+    settings = MeasureSettings(trace_samples=0, rhos=[])
     [log] = measured(train(tmp_path, callback={"samples": 8, "settings": settings}, max_steps=1))
     assert "sharpness/top_eigenvalue" in log
-    assert "sharpness/sam_sharpness" not in log
+    assert not [name for name in log if "sam_sharpness" in name]
+
+
+def test_all_that_settings_of_one_field_measure_is_logged(tmp_path):
+    """Such settings have `measure`'s defaults in the other fields: two rhos, a trace, and slices."""
+    settings = MeasureSettings(hvp="finite_difference")
+    trainer = train(tmp_path, callback={"samples": 8, "settings": settings}, max_steps=1)
+    [log] = measured(trainer)
+    keys = KEYS - {"sam_sharpness"} | {"sam_sharpness_0.01", "sam_sharpness_0.05", "trace"}
+    assert {name for name in log if name.startswith("sharpness/")} == {f"sharpness/{name}" for name in keys}
+    assert settings.slice_points == 21  # the caller's own settings stay
+    assert XSAMCallback(trainer, samples=8, settings=settings).measure().slices == {}
 
 
 def test_the_checkpoint_and_the_reports_have_it(tmp_path):
