@@ -1,4 +1,4 @@
-"""What a saved model's sharpness is measured on: the data that the command's options name, as the model takes it."""
+"""The data that a saved model's sharpness is measured on: what the options name, in the form that the model takes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -64,7 +64,7 @@ class DataArguments(TextColumns, ImageColumns, LanguageColumns):
 
 
 def load_split(data: DataArguments) -> Dataset:
-    """Return the split of the data set that the arguments name, whole."""
+    """Return the whole split of the data set that the arguments name."""
     name = data.dataset
     if name in EMBEDDED:
         splits = with_validation(embedded(name))
@@ -149,7 +149,7 @@ def class_numbers(split: Dataset, column: str, saved: SavedModel) -> dict[Any, i
         known = {spelled(name): int(number) for name, number in label2id.items()}
         if len(known) == len(label2id) and known.keys() >= set(map(spelled, names)):
             return {value: known[spelled(name)] for value, name in zip(number_of, names, strict=True)}
-    # How many classes an adapter has shows when it is loaded.
+    # The number of an adapter's classes is known only once it is loaded.
     if saved.base is None and len(names) != saved.config.num_labels:
         raise ValueError(
             f"label_column {column!r} has {len(names)} classes, and the model has {saved.config.num_labels}: measure "

@@ -1,4 +1,4 @@
-"""The command line: `hf-xsam COMMAND`, each command a module with `ARGUMENTS`, dataclasses, and a `run` of them."""
+"""The command line, `hf-xsam COMMAND`: each command is a module with dataclasses, `ARGUMENTS`, that its `run` takes."""
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that the arguments name; a mistake in them ends it with a sentence and exit status 2."""
+    """Run the command that the arguments name; after a mistake in them, print one sentence and exit with status 2."""
     words = list(sys.argv[1:] if argv is None else argv)
     overview = "\n".join(f"  {name:<12}{command.help}" for name, command in COMMANDS.items())
     parser = ArgumentParser(
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     name = parser.parse_args(words[:1]).command
 
-    from transformers import HfArgumentParser  # here, and not for the help above: the import takes a second
+    from transformers import HfArgumentParser  # not needed for the help above, and the import takes a second
 
     try:
         module = import_module(COMMANDS[name].module)

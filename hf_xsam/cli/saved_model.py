@@ -1,4 +1,4 @@
-"""Models as they were saved: what task they are for, and how to load them with what was trained in them trainable."""
+"""Saved models: the task of each, and how to load it with its trained parameters trainable."""
 
 import os
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..step.refusals import first_line
 
 Task = Literal["text-classification", "image-classification", "text-generation"]
 
-# By what the class of a model is called, and for PEFT's adapters by their task_type.
+# By a part of the model class's name, and for PEFT's adapters by their task_type.
 TASKS: dict[str, Task] = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
@@ -40,7 +40,7 @@ class SavedModel:
 
     Attributes:
         name: its folder or name on the hub.
-        task: as the hub calls it.
+        task: its name on the hub.
         config: its own, or its base model's.
         base: for a PEFT adapter, its base model's folder or name; else None.
     """
@@ -55,7 +55,7 @@ class SavedModel:
         """Return what is known of a model without loading it.
 
         Raises:
-            ValueError: where there is none, or it is for another task; the message says what to do.
+            ValueError: if there is none, or it is for another task; the message says what to do.
         """
         try:
             adapter = find_adapter_config_file(name)
@@ -81,7 +81,7 @@ class SavedModel:
         """Return the model in float32, an adapter on its base model and trainable; `settings` override the config's.
 
         Raises:
-            ValueError: where its weights cannot be loaded.
+            ValueError: if its weights cannot be loaded.
         """
         try:
             model = LOADERS[self.task].from_pretrained(self.base or self.name, dtype="float32", **settings)

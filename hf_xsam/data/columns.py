@@ -33,7 +33,7 @@ class TextColumns:
             number_of: the number of the class that each value of the label column is.
 
         Raises:
-            ValueError: where the split lacks a column.
+            ValueError: if the split lacks a column.
         """
         require_columns(split, text_column=self.text_column, text_pair_column=self.text_pair_column or None)
         return partial(
@@ -61,7 +61,7 @@ class ImageColumns:
             number_of: the number of the class that each value of the label column is.
 
         Raises:
-            ValueError: where the split lacks a column.
+            ValueError: if the split lacks a column.
         """
         require_columns(split, image_column=self.image_column)
         return partial(
@@ -94,7 +94,7 @@ class LanguageColumns:
         """Return what turns a batch of texts or messages, with `tokenizer` given by name, into tokens and labels.
 
         Raises:
-            ValueError: where the split lacks a column.
+            ValueError: if the split lacks a column.
         """
         options = ("prompt_column", "completion_column") if self.completion_only_loss else ("text_column",)
         columns = {option: getattr(self, option) for option in options}

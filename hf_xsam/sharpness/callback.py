@@ -146,7 +146,7 @@ class XSAMCallback(TrainerCallback):
 
 
 def choose_batches(trainer: Trainer, dataset: Any, samples: int, seed: int) -> list[Any]:
-    """Return a random choice of examples, collated as for training, alike for the same seed.
+    """Return a random choice of examples, collated as for training; the same seed chooses the same examples.
 
     The random generators stay as they are.
     """
