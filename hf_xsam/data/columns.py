@@ -94,11 +94,15 @@ class LanguageColumns:
         """Return what turns a batch of texts or messages, with `tokenizer` given by name, into tokens and labels.
 
         Raises:
-            ValueError: if the split lacks a column.
+            ValueError: if the split lacks a column, or has prompts and completions that were not asked for.
         """
         options = ("prompt_column", "completion_column") if self.completion_only_loss else ("text_column",)
         columns = {option: getattr(self, option) for option in options}
-        if columns == {"text_column": "text"} and "text" not in split.column_names and MESSAGES in split.column_names:
-            columns["text_column"] = MESSAGES
+        names = split.column_names
+        if columns == {"text_column": "text"} and "text" not in names:
+            if MESSAGES in names:
+                columns["text_column"] = MESSAGES
+            elif self.prompt_column in names and self.completion_column in names:
+                raise ValueError("The data has prompts and completions, and no texts: pass completion_only_loss.")
         require_columns(split, **columns)
         return partial(encode_language, columns=tuple(columns.values()), max_length=self.max_length)

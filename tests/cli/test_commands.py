@@ -295,6 +295,12 @@ def test_chats_that_do_not_fit_are_named(tmp_path, chat_model, capsys, template,
         main(list(map(str, words)))
 
 
+def test_prompts_and_completions_name_their_option(tmp_path, chat_model, capsys):
+    rows = jsonl(tmp_path / "d.jsonl", [{"prompt": "a film", "completion": "good"}] * 3)
+    said = refused(capsys, "sharpness", chat_model, "--dataset", rows, *FEW, *QUIET)
+    assert "The data has prompts and completions, and no texts: pass completion_only_loss." in said
+
+
 def test_an_answer_that_is_a_text_is_named(tmp_path, chat_model, capsys):
     rows = jsonl(tmp_path / "d.jsonl", [{"prompt": [says("user", "a film")], "completion": "good"}] * 3)
     words = ["sharpness", chat_model, "--dataset", rows, "--completion_only_loss", *FEW, *QUIET]
