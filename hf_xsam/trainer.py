@@ -13,7 +13,7 @@ from .saving.checkpoint import last_complete_checkpoint, load_state, save_state
 from .saving.hub import PushCallback, refusal_explained
 from .saving.model_card import complete_model_card, prepare_adapter_card
 from .state import XSAMState
-from .step.curvature import top_eigenpair
+from .step.curvature import TopEigenpair, top_eigenpair
 from .step.logs import SKIPPED_STEPS, Advice, chosen_metrics
 from .step.refusals import (
     refuse_optimizer,
@@ -117,9 +117,7 @@ class XSAMTrainerMixin(_Trainer):
         items = micro_batch.num_items_in_batch  # of a part of the rows no whole number, which the stock step allows
         return super().training_step(model, copied(micro_batch.inputs), items)  # type: ignore[arg-type]
 
-    def top_eigenpair(
-        self, batches: Sequence[Mapping[str, Any]], iterations: int = 20
-    ) -> tuple[dict[str, Tensor], float]:
+    def top_eigenpair(self, batches: Sequence[Mapping[str, Any]], iterations: int = 20) -> TopEigenpair:
         """Estimate the top eigenpair of the loss over `batches`: see [`hf_xsam.sharpness.top_eigenpair`]."""
         return top_eigenpair(self, batches, iterations, self.xsam_config.eigen_scope, self.xsam_config.hvp)
 

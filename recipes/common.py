@@ -1,6 +1,7 @@
 """What the recipes share: their arguments, the data, the trainer for a mode, and the closing table."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,15 +12,18 @@ import yaml
 from datasets import DatasetDict, load_dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser, Trainer
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 try:
     import resource
 except ImportError:  # on Windows
     resource = None
 
-from hf_xsam import XSAMConfig, XSAMTrainer
+from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainer
+from hf_xsam.config import Hvp
 from hf_xsam.data.splits import chosen, load_files, with_validation
+from hf_xsam.sharpness import MeasureSettings, top_eigenpair
+from hf_xsam.sharpness.callback import choose_batches
 from hf_xsam.step.logs import NOT_RESULTS
 
 logger = logging.getLogger(__name__)
@@ -66,7 +70,33 @@ def parse_arguments(parser: HfArgumentParser, argv: Sequence[str] | None = None)
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"{path} sets {', '.join(unknown)}, which no option of this recipe is called.")
         parser.set_defaults(**settings)
-    return parser.parse_args_into_dataclasses(arguments)
+    parsed = parser.parse_args_into_dataclasses(arguments)
+    announce_processes(next(part for part in parsed if isinstance(part, TrainingArguments)))
+    return parsed
+
+
+def announce_processes(args: TrainingArguments) -> None:
+    """Print how many processes train, and how many examples a step takes.
+
+    Raises:
+        ValueError: where a launcher has started processes that do not know of each other, or fewer than asked for.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if started > args.world_size:
+        raise ValueError(
+            f"The launcher has started {started} processes (WORLD_SIZE), and Accelerate uses {args.world_size}: each "
+            "would train alone, into the same folder. On a machine without GPUs, add --use_cpu true."
+        )
+    # The launcher sets both where it was asked for several processes, and leaves starting them to mpirun.
+    if args.world_size == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ:
+        raise ValueError(
+            "`accelerate launch --cpu` starts one process, whatever --num_processes is. For several, replace --cpu by "
+            "--multi_gpu and add --use_cpu true to the recipe's options."
+        )
+    if args.process_index == 0:
+        processes = "1 process" if args.world_size == 1 else f"{args.world_size} processes"
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        print(f"{processes}, effective batch {batch}", flush=True)
 
 
 def load_splits(recipe: RecipeArguments, embedded: Callable[[], DatasetDict]) -> DatasetDict:
@@ -134,7 +164,7 @@ def train_and_report(
                     metrics[f"{prefix}_{name.removeprefix(f'{prefix}_').removeprefix('eval_')}"] = value
     if recipe.eigenvalue_samples:
         try:
-            metrics["top_eigenvalue"] = top_eigenvalue(trainer, recipe.eigenvalue_samples, xsam_config.hvp)
+            metrics |= top_eigenvalue(trainer, recipe.eigenvalue_samples, xsam_config.hvp)
         except Exception as error:  # for want of memory, say: the model is to be saved all the same
             logger.warning("The top eigenvalue was not measured: %r", error)
 
@@ -156,16 +186,21 @@ def peak_main_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def top_eigenvalue(trainer: Trainer, count: int, hvp: str) -> float:
-    """Return the top eigenvalue of the loss over the first `count` training examples, whatever trained the model."""
-    args = replace(trainer.args, report_to="none", push_to_hub=False)
-    measuring = XSAMTrainer(model=trainer.model, args=args, xsam_config=XSAMConfig(hvp=hvp))
-    measuring.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs
+def top_eigenvalue(trainer: Trainer, count: int, hvp: Hvp) -> dict[str, float]:
+    """Return the top eigenvalue of the trainer's loss over the first `count` training examples, with its residual."""
     examples = [trainer.train_dataset[i] for i in range(min(count, len(trainer.train_dataset)))]
-    size = min(trainer.args.per_device_train_batch_size, len(examples))
-    whole = len(examples) - len(examples) % size  # equal batches, so that the mean of their means is the mean
-    batches = [trainer.data_collator(examples[start : start + size]) for start in range(0, whole, size)]
-    return measuring.top_eigenpair(batches, iterations=10)[1]
+    if trainer.is_fsdp_enabled:
+        if trainer.is_world_process_zero():
+            logger.warning("Under FSDP, top_eigenvalue is that of 20 power iterations: see how large its residual is.")
+        size = trainer.args.per_device_train_batch_size
+        whole = len(examples) - len(examples) % size or len(examples)  # equal batches, which count alike
+        found = top_eigenpair(trainer, choose_batches(trainer, examples[:whole], whole, seed=0))
+        eigenvalue, residual = found.eigenvalue, found.residual
+    else:
+        settings = MeasureSettings(trace_samples=0, rhos=[], slice_points=0, hvp=hvp)
+        measured = XSAMCallback(trainer, samples=len(examples), dataset=examples, settings=settings).measure()
+        (eigenvalue,), (residual,) = measured.eigenvalues, measured.residuals
+    return {"top_eigenvalue": eigenvalue, "top_eigenvalue_residual": residual}
 
 
 def card_facts(recipe: RecipeArguments, task: str, default_model: str | None, default_data: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -266,10 +267,13 @@ class TestEigenvector:
 
     def test_top_eigenpair_matches_lanczos(self, tmp_path):
         trainer = run(bert().double(), sentences(), tmp_path, XSAMConfig(alpha=0.0))
+        batch = sentences()
+        halves = [{k: v[:8] for k, v in batch.items()}, {k: v[8:] for k, v in batch.items()}]
+        before, (vector, value, residual) = (trainer.top_eigenpair(halves, iterations) for iterations in (99, 100))
         trainer.model.eval()
         parameters = list(trainer.model.parameters())
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            gradient = torch.autograd.grad(trainer.model(**sentences()).loss, parameters, create_graph=True)
+            gradient = torch.autograd.grad(trainer.model(**batch).loss, parameters, create_graph=True)
         flat = torch.cat([g.flatten() for g in gradient])
 
         def product(vector):
@@ -278,13 +282,12 @@ class TestEigenvector:
 
         from scipy.sparse.linalg import LinearOperator, eigsh
 
-        value, vector = eigsh(LinearOperator((len(flat),) * 2, matvec=product, dtype=float), k=1, which="LA")
-        batch = sentences()
-        halves = [{k: v[:8] for k, v in batch.items()}, {k: v[8:] for k, v in batch.items()}]
-        ours, ours_value = trainer.top_eigenpair(halves, iterations=100)
-        flat_ours = torch.cat([ours[name].flatten() for name, _ in trainer.model.named_parameters()])
-        assert ours_value == pytest.approx(value[0], rel=0.01)
-        assert abs(flat_ours @ torch.as_tensor(vector[:, 0]).double()) > 0.999
+        (top,), vectors = eigsh(LinearOperator((len(flat),) * 2, matvec=product, dtype=float), k=1, which="LA")
+        names = [name for name, _ in trainer.model.named_parameters()]
+        ours, start = (torch.cat([v[name].flatten() for name in names]).numpy() for v in (vector, before.eigenvector))
+        assert value == pytest.approx(top, rel=0.01)
+        assert abs(ours @ vectors[:, 0]) > 0.999
+        assert residual == pytest.approx(np.linalg.norm(product(start) - value * start) / value, rel=1e-3)
 
 
 class TestTrainerFeatures:

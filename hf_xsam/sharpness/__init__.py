@@ -6,9 +6,9 @@ sharpness = measure(model, dataloader, MeasureSettings(top_k=3))
 sharpness.save("output/sharpness.json")
 """
 
-from ..step.curvature import top_eigenpair
+from ..step.curvature import TopEigenpair, top_eigenpair
 from .landscape import Slice
 from .measuring import Sharpness, measure
 from .settings import MeasureSettings
 
-__all__ = ["MeasureSettings", "Sharpness", "Slice", "measure", "top_eigenpair"]
+__all__ = ["MeasureSettings", "Sharpness", "Slice", "TopEigenpair", "measure", "top_eigenpair"]

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..functional.hessian_vector_products import HessianVectorProduct
 from ..functional.power_iteration import random_unit_vector
 from ..functional.spectrum import Trace, hutchinson_trace, top_eigenpairs
 from ..functional.tensors import add_scaled, is_sharded, norm, reciprocal_or_zero, scale
@@ -45,6 +46,8 @@ class Sharpness:
         loss: L(w).
         gradient_norm: norm(g) of g = grad L(w).
         eigenvalues: of the Hessian at w, the algebraically largest first.
+        residuals: norm(H v - lambda v) / abs(lambda) of each eigenvalue lambda and its eigenvector v: at most about the
+            settings' tolerance, or the error of finite differences where that is larger.
         eigenvectors: theirs, each by parameter name, jointly of norm 1, in float32 or wider, on the parameters'
             devices. They are not written to files.
         gradient_angles_degrees: between g and each eigenvector, 0 to 90: an eigenvector has no sign, so 120 degrees
@@ -61,6 +64,7 @@ class Sharpness:
     loss: float
     gradient_norm: float
     eigenvalues: list[float]
+    residuals: list[float]
     eigenvectors: list[dict[str, Tensor]] = field(repr=False)
     gradient_angles_degrees: list[float]
     trace: Trace | None
@@ -76,6 +80,7 @@ class Sharpness:
             "loss": self.loss,
             "gradient_norm": self.gradient_norm,
             "eigenvalues": self.eigenvalues,
+            "residuals": self.residuals,
             "gradient_angles_degrees": self.gradient_angles_degrees,
             "trace": asdict(self.trace) if self.trace else None,
             "sam_sharpness": {str(rho): value for rho, value in self.sam_sharpness.items()},
@@ -153,6 +158,7 @@ def measure(
                 # is orthogonal to one.
                 start = add_scaled(random_unit_vector(parameters, settings.seed), reciprocal_or_zero(length), gradient)
                 values, vectors = top_eigenpairs(product, start, settings.top_k, settings.tolerance)
+                residuals = [residual(product, value, v) for value, v in zip(values, vectors, strict=True)]
                 bar.set_description_str("trace")
                 known = (values, vectors)
                 samples, seed = settings.trace_samples, settings.seed
@@ -181,6 +187,7 @@ def measure(
         loss=loss,
         gradient_norm=length.item(),
         eigenvalues=values,
+        residuals=residuals,
         eigenvectors=[dict(zip(scope, vector, strict=True)) for vector in vectors],
         gradient_angles_degrees=[angle_degrees(gradient, vector) for vector in vectors],
         trace=trace,
@@ -189,6 +196,12 @@ def measure(
         settings=conditions,
         versions=installed_versions(),
     )
+
+
+def residual(product: HessianVectorProduct, eigenvalue: float, eigenvector: Sequence[Tensor]) -> float:
+    """Return norm(H v - lambda v) / abs(lambda)."""
+    distance = norm(h - eigenvalue * v for h, v in zip(product(eigenvector), eigenvector, strict=True))
+    return distance.item() / abs(eigenvalue)
 
 
 def installed_versions() -> dict[str, str]:

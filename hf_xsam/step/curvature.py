@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -157,13 +157,29 @@ class Curvature:
             return self.top_eigenpair(start, iterations, shift, momentum, gradient)
 
 
+class TopEigenpair(NamedTuple):
+    """What [`top_eigenpair`] found.
+
+    Attributes:
+        eigenvector: v by parameter name, jointly of norm 1, in float32 or wider.
+        eigenvalue: lambda = <v, H v>.
+        residual: norm(H v - lambda v) / abs(lambda), how far the iterations are from an eigenpair. It bounds the
+            eigenvalue's relative distance to the nearest one of H. Eigenvalue and residual are those of v before the
+            last iteration.
+    """
+
+    eigenvector: dict[str, Tensor]
+    eigenvalue: float
+    residual: float
+
+
 def top_eigenpair(
     trainer: "Trainer",
     batches: Sequence[Mapping[str, Any]],
     iterations: int = 20,
     eigen_scope: str = "trainable",
     hvp: str = "auto",
-) -> tuple[dict[str, Tensor], float]:
+) -> TopEigenpair:
     """Estimate the top eigenpair of the Hessian of any trainer's mean loss over `batches`, in evaluation mode.
 
     Args:
@@ -175,7 +191,7 @@ def top_eigenpair(
         hvp: how Hessian-vector products are computed: values as for `XSAMConfig.hvp`.
 
     Returns:
-        The eigenvector by parameter name, jointly of norm 1, and the eigenvalue.
+        Eigenvector, eigenvalue and residual. A residual that is not small asks for more iterations.
 
     Raises:
         ValueError: without batches or iterations.
@@ -206,4 +222,5 @@ def top_eigenpair(
         loss = mean_loss(accelerator, model, losses, sharded=is_sharded(parameters[0]))
         curvature = Curvature(accelerator, model, parameters, loss, hvp, obstacle_in_arguments(trainer.args))
         estimate = curvature.top_eigenpair(random_unit_vector(parameters, trainer.args.seed), iterations)
-    return dict(zip(scope, estimate.vector, strict=True)), estimate.value.item()
+    eigenvector = dict(zip(scope, estimate.vector, strict=True))
+    return TopEigenpair(eigenvector, estimate.value.item(), estimate.residual.item())

@@ -52,7 +52,7 @@ def test_top_eigenvalue_though_the_largest_is_negative(others, iterations):
     matrix, top = symmetric([1.0, *others, *[0.0] * 20])
     vector, shift = [torch.nn.functional.normalize(torch.randn(len(matrix), dtype=torch.double), dim=0)], None
     for _ in range(400 // iterations):
-        vector, value, shift = power_iteration(matrix_product(matrix), vector, iterations, shift)
+        vector, value, shift, _ = power_iteration(matrix_product(matrix), vector, iterations, shift)
     assert abs(vector[0] @ top) > 0.999
     assert value.item() == pytest.approx(1.0, rel=0.01)
 
@@ -68,12 +68,31 @@ def test_plain_iteration_where_the_top_dominates():
     assert estimate.shift == 0
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("iterations", [1, 3, 30])
+def test_the_residual_is_of_the_vector_before_the_last_iteration(iterations, momentum):
+    matrix, _ = symmetric([3.0, -1.0, 2.9, 0.1])
+    start = random_unit_vector([torch.zeros(4, dtype=torch.double)], 0)
+    before = start
+    if iterations > 1:
+        before = power_iteration(matrix_product(matrix), start, iterations - 1, momentum=momentum).vector
+    found = power_iteration(matrix_product(matrix), start, iterations, momentum=momentum)
+    expected = (matrix @ before[0] - found.value * before[0]).norm() / found.value.abs()
+    assert found.residual.item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_the_residual_of_an_eigenvector_is_zero():
+    matrix, top = symmetric([-3.0, -1.0, 0.5, 0.1])
+    assert power_iteration(matrix_product(matrix), [top], 1).residual.item() == pytest.approx(0, abs=1e-7)
+
+
 def test_a_product_of_zero_leaves_the_vector():
     start = random_unit_vector([torch.zeros(3), torch.zeros(2, 2)], 0)
     estimate = power_iteration(lambda vector: [torch.zeros_like(x) for x in vector], start, 3)
     assert all(torch.equal(x, y) for x, y in zip(estimate.vector, start, strict=True))
     assert estimate.value == 0
     assert estimate.is_finite()
+    assert estimate.residual.isnan()
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -79,7 +79,7 @@ def sequences(count=16):
 def top_eigenpair(model, batch, folder, config=None, iterations=100, **settings):
     """Return the eigenvector, flat and on the CPU, and the eigenvalue, of the loss on `batch`."""
     trainer = XSAMTrainer(model=model, args=arguments(folder, **settings), xsam_config=config or XSAMConfig())
-    vector, value = trainer.top_eigenpair([batch], iterations)
+    vector, value, _ = trainer.top_eigenpair([batch], iterations)
     return torch.cat([part.flatten() for part in vector.values()]).cpu(), value
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.recipes import test_language_models, test_text_classification
@@ -39,6 +40,47 @@ def check(options, processes):
     assert state["refreshed_at"] == 1
     assert len(list(checkpoint.glob("rng_state*"))) == processes
     return state
+
+
+def launched(words, options):
+    """Run a command in a shell's words with more options, and return how it ended."""
+    options = options | {"max_steps": "2", "save_strategy": "steps", "save_steps": "2", "eigenvalue_samples": "0"}
+    return subprocess.run([*words, *flags(options)], capture_output=True, text=True, timeout=300)
+
+
+def test_the_documented_command_for_cpus_is_distributed(texts, monkeypatch):
+    page = (RECIPES.parent / "docs" / "distributed.md").read_text()
+    (command,) = [line for line in page.splitlines() if line.startswith("accelerate launch --multi_gpu")]
+    assert command.endswith("--use_cpu true")
+    monkeypatch.chdir(RECIPES.parent)
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    sizes = {"per_device_train_batch_size": "4", "gradient_accumulation_steps": "3"}
+    del texts["use_cpu"]  # as the command says it
+    result = launched([*words, *command.split()[2:]], texts | sizes)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(list((Path(texts["output_dir"]) / "checkpoint-2").glob("rng_state*"))) == 2
+    assert result.stdout.count("2 processes, effective batch 24") == 1
+    assert result.stdout.count("xsam on") == 1
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [
+        (["--cpu", "--num_processes", "2"], "`accelerate launch --cpu` starts one process"),
+        (
+            ["--config_file", RECIPES / "accelerate" / "multi_gpu.yaml", "--num_processes", "2"],
+            "has started 2 processes (WORLD_SIZE), and Accelerate uses 1",
+        ),
+    ],
+    ids=["cpu", "multi_gpu"],
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="several processes on GPUs know of each other")
+def test_processes_that_would_train_alone_are_refused(texts, launch, message):
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *map(str, launch)]
+    result = launched([*words, str(RECIPES / "text_classification.py")], texts | {"use_cpu": "false"})
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not Path(texts["output_dir"]).exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import ModelCard, constants
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from hf_xsam import XSAMTrainer
+from hf_xsam import XSAMCallback
 from hf_xsam.data import movie_reviews
 from tests.fake_hub import WRITE_TOKEN
 
@@ -66,7 +66,7 @@ def test_a_measurement_that_fails_costs_neither_model_nor_metrics(model_and_data
     def fail(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory is left")
 
-    monkeypatch.setattr(XSAMTrainer, "top_eigenpair", fail)
+    monkeypatch.setattr(XSAMCallback, "measure", fail)
     metrics = text_classification.main([*flags(model_and_data), "--max_steps", "2"])
     assert "The top eigenvalue was not measured: OutOfMemoryError('no memory is left')" in caplog.text
     assert "top_eigenvalue" not in metrics

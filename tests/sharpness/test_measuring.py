@@ -102,6 +102,17 @@ def test_all_equals_the_dense_hessians(problem):
     assert found.settings["targets"] == 11
 
 
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-8])
+def test_residuals_are_those_of_the_dense_hessian(problem, tolerance):
+    network, loader, compute_loss, (_, _, hessian, _) = problem
+    settings = {"top_k": 2, "tolerance": tolerance}
+    found = eigenpairs(network, loader, compute_loss, **settings)
+    for value, vector, residual in zip(found.eigenvalues, found.eigenvectors, found.residuals, strict=True):
+        v = flat(vector.values())
+        assert residual == pytest.approx(((hessian @ v - value * v).norm() / abs(value)).item(), rel=1e-3, abs=1e-12)
+        assert residual <= tolerance
+
+
 def test_largest_algebraically_where_a_negative_one_is_larger():
     matrix = torch.diag(torch.tensor([-9.0, 2.0, 1.0, *[0.0] * 30], dtype=torch.double))
     torch.manual_seed(0)
@@ -281,8 +292,8 @@ def test_the_json_is_what_was_found(problem, tmp_path):
     content = json.loads((tmp_path / "sharpness.json").read_text())
     assert content == found.to_dict()
     assert list(content) == [
-        *("model", "loss", "gradient_norm", "eigenvalues", "gradient_angles_degrees", "trace", "sam_sharpness"),
-        *("slices", "settings", "versions"),
+        *("model", "loss", "gradient_norm", "eigenvalues", "residuals", "gradient_angles_degrees", "trace"),
+        *("sam_sharpness", "slices", "settings", "versions"),
     ]
     assert set(content["trace"]) == {"mean", "standard_error", "samples"}
     assert set(content["sam_sharpness"]) == {"0.01", "0.05"}

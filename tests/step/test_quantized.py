@@ -79,7 +79,7 @@ def test_exact_products_are_those_of_the_dequantized_weights(tmp_path, build):
 
     def top_eigenpair(model):
         trainer = XSAMTrainer(model=model, args=arguments(tmp_path), xsam_config=config)
-        vector, value = trainer.top_eigenpair([padded_text()], iterations=100)
+        vector, value, _ = trainer.top_eigenpair([padded_text()], iterations=100)
         return torch.cat([part.flatten() for part in vector.values()]), value
 
     quantized, value = top_eigenpair(build())
