@@ -80,6 +80,9 @@ class Job:
         if xsam:
             for name in ("log_metrics", "replay_check"):  # which change no result
                 del xsam[name]
+            # Fields that came after the first results: none of their defaults changes a step.
+            later = {"perturbation": "gradient", "start_step": 0}
+            xsam = {name: value for name, value in xsam.items() if later.get(name, ...) != value}
         return {
             "learning_rate": self.learning_rate,
             "epochs": self.epochs,
