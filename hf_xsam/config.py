@@ -65,7 +65,7 @@ class XSAMConfig:
             as it is. Steps that are not corrected, as with alpha 0, keep its norm either way.
 
     Parameters that control the eigenvector:
-        eigen_interval (`int`, *optional*, defaults to 10):
+        eigen_interval (`int`, *optional*, defaults to 5):
             Optimizer steps between two refreshes, at least 1. The paper uses 3 and 5.
         eigen_start_step (`int`, *optional*, defaults to 0):
             Optimizer step of the first refresh. Every step before it is plain SAM.
@@ -74,12 +74,12 @@ class XSAMConfig:
             Hessian changes most at the beginning, when the eigenvector is still to be found.
         power_iterations (`int`, *optional*, defaults to 1):
             Power iterations a refresh, at least 1.
-        eigen_batch_fraction (`float`, *optional*, defaults to 0.5):
+        eigen_batch_fraction (`float`, *optional*, defaults to 0.25):
             Share of a step's examples that exact Hessian-vector products are computed on, above 0 to 1: the first rows
             of as many micro-batches as it takes. Finite differences take all, whose gradient is known.
-        eigen_momentum (`float`, *optional*, defaults to 0.3):
+        eigen_momentum (`float`, *optional*, defaults to 0.7):
             Weight of the old eigenvector in each power iteration, from 0 to below 1, which averages over the batches
-            of several refreshes. It grows with the interval: see
+            of several refreshes: see
             [`hf_xsam.functional.power_iteration.power_iteration`].
         hvp (`str`, *optional*, defaults to `"auto"`):
             How Hessian-vector products are computed: `"exact"` (double backward), `"finite_difference"`,
@@ -131,7 +131,7 @@ class XSAMConfig:
     normalize_gradient: bool = field(
         default=True, metadata={"help": "Divide the perturbed gradient by its norm, as the paper does."}
     )
-    eigen_interval: int = field(default=10, metadata={"help": "Optimizer steps between eigenvector refreshes, >= 1."})
+    eigen_interval: int = field(default=5, metadata={"help": "Optimizer steps between eigenvector refreshes, >= 1."})
     eigen_start_step: int = field(
         default=0, metadata={"help": "Optimizer step of the first eigenvector refresh, >= 0; plain SAM before it."}
     )
@@ -140,10 +140,10 @@ class XSAMConfig:
     )
     power_iterations: int = field(default=1, metadata={"help": "Power iterations per eigenvector refresh, >= 1."})
     eigen_batch_fraction: float = field(
-        default=0.5, metadata={"help": "Share of a step's examples for exact Hessian-vector products, > 0 to 1."}
+        default=0.25, metadata={"help": "Share of a step's examples for exact Hessian-vector products, > 0 to 1."}
     )
     eigen_momentum: float = field(
-        default=0.3, metadata={"help": "Weight of the old eigenvector in a power iteration, >= 0 and < 1."}
+        default=0.7, metadata={"help": "Weight of the old eigenvector in a power iteration, >= 0 and < 1."}
     )
     hvp: Hvp = field(
         default="auto",
@@ -305,10 +305,6 @@ class XSAMConfig:
         if warmed >= self.eigen_warmup_steps:
             return self.eigen_interval
         return 1 + (self.eigen_interval - 1) * warmed // self.eigen_warmup_steps
-
-    def eigen_momentum_at(self, step: int) -> float:
-        """Return the old eigenvector's weight at optimizer step `step`: as large a share of it as of the interval."""
-        return self.eigen_momentum * self.eigen_interval_at(step) / self.eigen_interval
 
     @property
     def needs_eigenvector(self) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .functional.power_iteration import Eigenpair
+from .functional.power_iteration import Eigenpair, Spectrum
 from .functional.tensors import is_sharded, norm, reciprocal_or_zero, scale, shard_like, wide_dtype
 
 
@@ -20,8 +20,9 @@ class XSAMState:
             starts from it; it may have any norm and must hold whole tensors.
         eigenvalue: Rayleigh quotient of the last refresh, 0-dimensional, in units of loss per squared weight;
             None before it.
-        shift: spectral shift of the power iteration, 0-dimensional and at most 0: see
-            [`hf_xsam.functional.power_iteration.power_iteration`].
+        spectrum: what the products so far tell of the Hessian: the mean of the last Rayleigh quotients, which is what
+            is logged, and the power iteration's shift; None before the first refresh. See
+            [`hf_xsam.functional.power_iteration.Spectrum`].
         step: optimizer steps taken, skipped ones included.
         refreshed_at: optimizer step of the last refresh, counted from X-SAM's first; None before it.
         skipped_steps: steps that were not X-SAM's because a gradient was not finite, or there was none.
@@ -29,7 +30,7 @@ class XSAMState:
 
     eigenvector: dict[str, Tensor] | None = None
     eigenvalue: Tensor | None = None
-    shift: Tensor | None = None
+    spectrum: Spectrum | None = None
     step: int = 0
     refreshed_at: int | None = None
     skipped_steps: int = 0
@@ -37,7 +38,7 @@ class XSAMState:
     def take(self, estimate: Eigenpair, names: Iterable[str], step: int) -> None:
         """Keep what the refresh of optimizer step `step` has found, over the parameters of these names."""
         self.eigenvector = dict(zip(names, estimate.vector, strict=True))
-        self.eigenvalue, self.shift, self.refreshed_at = estimate.value, estimate.shift, step
+        self.eigenvalue, self.spectrum, self.refreshed_at = estimate.value, estimate.spectrum, step
 
     def eigenvector_over(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
         """Return the eigenvector's part for each of `parameters`: a 0-dimensional zero where it has none."""

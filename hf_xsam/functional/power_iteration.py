@@ -9,13 +9,54 @@ from torch import Tensor
 from .hessian_vector_products import HessianVectorProduct
 from .tensors import dot, multiply, norm, reciprocal_or_zero, scale, set_to_combination, shard_like, wide_dtype
 
+# How many of the last products `Spectrum` averages over, and the mean cosine below which the spectrum is shifted.
+MEMORY = 8
+NEGATIVE = -0.25
+
+
+class Spectrum(NamedTuple):
+    """What the products so far tell of the Hessian's two ends, as 0-dimensional tensors.
+
+    In training each product is of another batch, and one batch's quotient is noise around the loss's: what is said of
+    the spectrum comes from running means, which are plain means over the first `MEMORY` products.
+
+    Attributes:
+        products: how many there were.
+        eigenvalue: running mean of the Rayleigh quotient <v, H v>.
+        cosine: running mean of <v, H v> / norm(H v).
+        shift: at most 0. While the mean cosine is below `NEGATIVE`, the eigenvalue of largest absolute value is a
+            negative one, and the shift becomes -norm(H v) where that is lower. It goes once the mean quotient is above
+            its absolute value, for then the largest eigenvalue dominates without it.
+    """
+
+    products: Tensor
+    eigenvalue: Tensor
+    cosine: Tensor
+    shift: Tensor
+
+    @classmethod
+    def unknown(cls, like: Tensor) -> "Spectrum":
+        """Return what is known before the first product, on the device of `like` and of its dtype."""
+        zero = like.new_zeros(())
+        return cls(zero, zero, zero, zero)
+
+    def after(self, quotient: Tensor, size: Tensor) -> "Spectrum":
+        """Return what is known after a product with <v, H v> = `quotient` and norm(H v) = `size`."""
+        products = self.products + 1
+        weight = 1 / products.clamp(max=MEMORY)
+        eigenvalue = self.eigenvalue + weight * (quotient - self.eigenvalue)
+        cosine = self.cosine + weight * (quotient * reciprocal_or_zero(size) - self.cosine)
+        kept = torch.where(eigenvalue > -self.shift, torch.zeros_like(self.shift), self.shift)
+        shift = torch.where(cosine < NEGATIVE, torch.minimum(self.shift, -size), kept)
+        return Spectrum(products, eigenvalue, cosine, shift)
+
 
 class Eigenpair(NamedTuple):
-    """An estimate of the top eigenvector v, its eigenvalue, the spectral shift it was found with, and its residual."""
+    """An estimate of the top eigenvector v, its eigenvalue, what is known of the spectrum, and its residual."""
 
     vector: list[Tensor]
     value: Tensor
-    shift: Tensor
+    spectrum: Spectrum
     residual: Tensor
 
     def is_finite(self) -> Tensor:
@@ -55,38 +96,39 @@ def power_iteration(
     hessian_vector_product: HessianVectorProduct,
     start: Sequence[Tensor],
     iterations: int,
-    shift: Tensor | None = None,
+    spectrum: Spectrum | None = None,
     momentum: float = 0.0,
 ) -> Eigenpair:
     """Return the Hessian's top eigenpair, the algebraically largest, by power iteration from `start`.
 
     Each iteration sets v to m v + (1 - m) u over its norm, u = (H - s I) v over its norm. Plain power iteration (m = 0,
-    s = 0, the paper's) finds the eigenvalue of largest absolute value. Where that is a negative one, the Rayleigh
-    quotient nears -norm(H v); past half of that, s becomes -norm(H v), which lifts the negative end of the spectrum to
-    about zero and leaves the top eigenvalue the largest. (A random start's quotient is often slightly negative and says
-    nothing.) A momentum m averages over iterations, whose H are of different batches in training.
+    s = 0, the paper's) finds the eigenvalue of largest absolute value. Where that is a negative one, v turns into its
+    eigenvector and the Rayleigh quotient nears -norm(H v); s then lifts the negative end of the spectrum to about zero
+    and leaves the top eigenvalue the largest: see [`Spectrum`]. A momentum m averages over iterations, whose H are of
+    different batches in training.
 
     Args:
         hessian_vector_product: v -> H v, in tensors of its own, which are overwritten.
         start: v to start from, of norm 1.
         iterations: products to spend, at least 1.
-        shift: s to start with, 0-dimensional and at most 0, from an earlier estimate; None is 0.
+        spectrum: what earlier products told, with the shift s to start with; None where there were none.
         momentum: m, from 0 to below 1.
 
     Returns:
         The last v, of norm 1; the Rayleigh quotient lambda = <v, H v> of the v before it, which costs no further
-        product; s; and norm(H v - lambda v) / abs(lambda) of the v before it: 0 for an eigenvector, NaN where H v is
+        product; the spectrum; and norm(H v - lambda v) / abs(lambda) of the v before it: 0 for an eigenvector, NaN where H v is
         zero. Rounding hides what is below the square root of the dtype's precision, 3e-4 in float32. A product of zero
         leaves v as it is; one that is not finite spoils the pair.
     """
     vector = list(start)
     value = size = norm(vector) * 0
-    shift = value if shift is None else shift.to(value)
+    spectrum = Spectrum.unknown(value) if spectrum is None else Spectrum(*(known.to(value) for known in spectrum))
     for _ in range(iterations):
         product = hessian_vector_product(vector)
         value = dot(vector, product)
         size = norm(product)
-        shift = torch.where(value < -size / 2, torch.minimum(shift, -size), shift)
+        spectrum = spectrum.after(value, size)
+        shift = spectrum.shift
         square = size.square() - 2 * shift * value + shift.square()  # of norm(H v - s v), for norm(v) is 1
         length = square.clamp(min=0).sqrt()  # where v is an eigenvector of s itself, rounding may make it negative
         gain = (1 - momentum) * reciprocal_or_zero(length)
@@ -95,4 +137,4 @@ def power_iteration(
         multiply(product, 1 / norm(product))
         vector = product
     distance = (size.square() - value.square()).clamp(min=0).sqrt()  # norm(H v - lambda v), for norm(v) is 1
-    return Eigenpair(vector, value, shift, distance / value.abs())
+    return Eigenpair(vector, value, spectrum, distance / value.abs())

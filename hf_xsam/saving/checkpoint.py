@@ -8,6 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import XSAMConfig
+from ..functional.power_iteration import Spectrum
 from ..functional.tensors import is_sharded, local, norm, shard_like, wide_dtype
 from ..state import XSAMState
 
@@ -61,7 +63,7 @@ def save_state(state: XSAMState, config: XSAMConfig, folder: str, accelerator: A
             "refreshed_at": state.refreshed_at,
             "skipped_steps": state.skipped_steps,
             "eigenvalue": None if state.eigenvalue is None else state.eigenvalue.item(),
-            "shift": None if state.shift is None else state.shift.item(),
+            "spectrum": None if state.spectrum is None else {k: v.item() for k, v in state.spectrum._asdict().items()},
             "processes": accelerator.num_processes,
             "eigenvector_parts": None if vector is None else parts,
         }
@@ -101,7 +103,8 @@ def load_state(
         state = XSAMState(
             step=contents["step"], refreshed_at=contents["refreshed_at"], skipped_steps=contents["skipped_steps"]
         )
-        eigenvalue, shift, saved = contents["eigenvalue"], contents["shift"], dict(contents["config"])
+        eigenvalue, saved = contents["eigenvalue"], dict(contents["config"])
+        spectrum = None if contents["spectrum"] is None else Spectrum(**contents["spectrum"])
         processes = contents["processes"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}). {REMEDY}") from error
@@ -114,9 +117,8 @@ def load_state(
         else:
             state.eigenvector = _read_vector(files, parameters)
             first = next(iter(state.eigenvector.values()))
-            state.eigenvalue, state.shift = (
-                torch.tensor(value, dtype=first.dtype, device=accelerator.device) for value in (eigenvalue, shift)
-            )
+            scalar = partial(torch.tensor, dtype=first.dtype, device=accelerator.device)
+            state.eigenvalue, state.spectrum = scalar(eigenvalue), Spectrum(*map(scalar, spectrum))
     return state
 
 

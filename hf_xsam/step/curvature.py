@@ -17,7 +17,7 @@ from ..functional.hessian_vector_products import (
     finite_difference_hessian_vector_product,
     finite_difference_step,
 )
-from ..functional.power_iteration import Eigenpair, power_iteration, random_unit_vector
+from ..functional.power_iteration import Eigenpair, Spectrum, power_iteration, random_unit_vector
 from ..functional.tensors import is_sharded, multiply
 from .double_backward import Method, choose_method, obstacle_in_arguments
 from .gradients import gradients_set_aside
@@ -136,7 +136,7 @@ class Curvature:
         self,
         start: Sequence[Tensor],
         iterations: int,
-        shift: Tensor | None = None,
+        spectrum: Spectrum | None = None,
         momentum: float = 0.0,
         gradient: Sequence[Tensor] | None = None,
     ) -> Eigenpair:
@@ -147,14 +147,14 @@ class Curvature:
         """
         try:
             with self.hessian(gradient) as product:
-                return power_iteration(product, start, iterations, shift, momentum)
+                return power_iteration(product, start, iterations, spectrum, momentum)
         except ExactProductError as error:
             if self._hvp != "exact":
                 self.choose_method(gradient)
             if self.method == "exact":
                 raise (error.__cause__ or error) from None
             logger.warning("X-SAM goes on with finite differences: %s.", error)
-            return self.top_eigenpair(start, iterations, shift, momentum, gradient)
+            return self.top_eigenpair(start, iterations, spectrum, momentum, gradient)
 
 
 class TopEigenpair(NamedTuple):

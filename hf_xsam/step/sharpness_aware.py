@@ -171,16 +171,17 @@ class SharpnessAwareSteps:
         if not all_finite(self.accelerator, [norm(gradient)]):
             return False
         start = state.warm_start(scope) or self._first_vector(gradient)
-        momentum = config.eigen_momentum_at(step)
         curvature = self._curvature(window, parameters, gradient)
         elsewhere = self._moves_along_eigenvector(step)  # so that `.grad` is not of w
         if elsewhere and self.method == "finite_difference":
             product = self._product_from_both_sides(window, trainable, parameters, step)
-            estimate = power_iteration(lambda _: product, start, 1, state.shift, momentum)
+            estimate = power_iteration(lambda _: product, start, 1, state.spectrum, config.eigen_momentum)
         else:
             with gradients_set_aside(window.model):
                 known = None if elsewhere else gradient
-                estimate = curvature.top_eigenpair(start, config.power_iterations, state.shift, momentum, known)
+                estimate = curvature.top_eigenpair(
+                    start, config.power_iterations, state.spectrum, config.eigen_momentum, known
+                )
             self.method = curvature.method
         if estimate.is_finite():
             state.take(estimate, scope, step)
@@ -245,8 +246,9 @@ class SharpnessAwareSteps:
         rho = config.rho_at(step)
         if self._takes_one_pass:
             metrics, realised = {}, self._realised
-            if self.state.eigenvalue is not None:
-                metrics = {"eigenvalue": self.state.eigenvalue, "sharpness": rho**2 / 2 * self.state.eigenvalue}
+            if self.state.spectrum is not None:
+                eigenvalue = self.state.spectrum.eigenvalue
+                metrics = {"eigenvalue": eigenvalue, "sharpness": rho**2 / 2 * eigenvalue}
         else:
             metrics = {"gradient_norm": gradient_norm(trainable) / scale}
             weights = list(self._parameters_in("perturb_scope").values())
@@ -265,7 +267,7 @@ class SharpnessAwareSteps:
     def _correct(self, trainable: Parameters, length: Tensor, step: int) -> dict[str, Tensor]:
         """Put d in place of a in `.grad`, where v is known; `length` is norm(a). Return what is known of v."""
         config, state = self.config, self.state
-        if not config.corrects_at(step) or state.eigenvalue is None:
+        if not config.corrects_at(step) or state.spectrum is None:
             return {}
         # What the second pass did not reach stays without a gradient, as it would in the stock Trainer.
         parameters = with_gradient(trainable)
@@ -274,7 +276,7 @@ class SharpnessAwareSteps:
         along = dot(gradient, eigenvector) / scale
         size, change = correction_factors(length, along, config.alpha, config.correction, config.normalize_gradient)
         set_to_combination(gradient, size, eigenvector, scale * change)
-        return {"eigenvalue": state.eigenvalue, **alignment(along, length)}
+        return {"eigenvalue": state.spectrum.eigenvalue, **alignment(along, length)}
 
     def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
         return parameters_in_scope(self.model, getattr(self.config, field), f"XSAMConfig.{field}")
