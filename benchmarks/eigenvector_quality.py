@@ -1,7 +1,7 @@
 """How near X-SAM's eigenvector is to the top eigenvector of the loss, along the recipes' own runs.
 
     python benchmarks/eigenvector_quality.py
-    python benchmarks/eigenvector_quality.py --runs bert vit --seeds 0 1 2 --settings eigen_interval=10 eigen_momentum=0.3
+    python benchmarks/eigenvector_quality.py --runs bert vit --seeds 0 --settings eigen_interval=10 --output ten.json
 
 At each tenth of a run, v is compared with the top eigenvector of many training examples in evaluation mode, which
 Lanczos finds. `captured` is v's Rayleigh quotient on these examples over their top eigenvalue: 1 for the top

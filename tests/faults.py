@@ -117,7 +117,7 @@ def outcome(trainer):
         "eigenvector": state.eigenvector,
         "numbers": [
             None if state.eigenvalue is None else state.eigenvalue.item(),
-            None if state.shift is None else state.shift.item(),
+            None if state.spectrum is None else [part.item() for part in state.spectrum],
             state.step,
             state.refreshed_at,
             trainer.state.global_step,

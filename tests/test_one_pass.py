@@ -76,9 +76,9 @@ class TestOnePass:
         )  # fmt: skip
         steps = trainer.state.global_step
         assert steps == 16
-        # A refresh, in steps 0, 4, 8 and 12, differentiates the two pieces of half the batch; choosing the kind of
-        # product, once, does so three times more.
-        assert len(passes) == steps + 4 * 2 + 3
+        # A refresh, in steps 0, 4, 8 and 12, differentiates a quarter of the batch; choosing the kind of product,
+        # once, does so twice more.
+        assert len(passes) == steps + 4 + 2
 
     @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
     def test_micro_batches_give_the_weights_of_the_whole_batch(self, tmp_path, hvp):

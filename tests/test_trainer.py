@@ -160,7 +160,7 @@ class TestEigenvector:
         assert values[:2] == [None, None]
         assert values[2] == values[3] == values[4] != values[5] == values[6] == values[7]
         assert trainer.xsam_state.step == 8
-        assert trainer.xsam_state.eigenvalue.item() == pytest.approx(values[-1])
+        assert trainer.xsam_state.spectrum.eigenvalue.item() == pytest.approx(values[-1])  # a mean over refreshes
         state = trainer.xsam_state.eigenvector
         assert list(state) == [name for name, _ in trainer.model.named_parameters()]
         assert math.sqrt(sum(part.square().sum().item() for part in state.values())) == pytest.approx(1, abs=1e-5)
@@ -269,7 +269,7 @@ class TestEigenvector:
         trainer = run(bert().double(), sentences(), tmp_path, XSAMConfig(alpha=0.0))
         batch = sentences()
         halves = [{k: v[:8] for k, v in batch.items()}, {k: v[8:] for k, v in batch.items()}]
-        before, (vector, value, residual) = (trainer.top_eigenpair(halves, iterations) for iterations in (99, 100))
+        before, (vector, value, residual) = (trainer.top_eigenpair(halves, iterations) for iterations in (29, 30))
         trainer.model.eval()
         parameters = list(trainer.model.parameters())
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):

@@ -24,6 +24,7 @@ class Spectrum(NamedTuple):
         products: how many there were.
         eigenvalue: running mean of the Rayleigh quotient <v, H v>.
         cosine: running mean of <v, H v> / norm(H v).
+        size: running mean of norm(H v).
         shift: at most 0. While the mean cosine is below `NEGATIVE`, the eigenvalue of largest absolute value is a
             negative one, and the shift becomes -norm(H v) where that is lower. It goes once the mean quotient is above
             its absolute value, for then the largest eigenvalue dominates without it.
@@ -32,13 +33,14 @@ class Spectrum(NamedTuple):
     products: Tensor
     eigenvalue: Tensor
     cosine: Tensor
+    size: Tensor
     shift: Tensor
 
     @classmethod
     def unknown(cls, like: Tensor) -> "Spectrum":
         """Return what is known before the first product, on the device of `like` and of its dtype."""
         zero = like.new_zeros(())
-        return cls(zero, zero, zero, zero)
+        return cls(zero, zero, zero, zero, zero)
 
     def after(self, quotient: Tensor, size: Tensor) -> "Spectrum":
         """Return what is known after a product with <v, H v> = `quotient` and norm(H v) = `size`."""
@@ -46,9 +48,10 @@ class Spectrum(NamedTuple):
         weight = 1 / products.clamp(max=MEMORY)
         eigenvalue = self.eigenvalue + weight * (quotient - self.eigenvalue)
         cosine = self.cosine + weight * (quotient * reciprocal_or_zero(size) - self.cosine)
+        mean_size = self.size + weight * (size - self.size)
         kept = torch.where(eigenvalue > -self.shift, torch.zeros_like(self.shift), self.shift)
         shift = torch.where(cosine < NEGATIVE, torch.minimum(self.shift, -size), kept)
-        return Spectrum(products, eigenvalue, cosine, shift)
+        return Spectrum(products, eigenvalue, cosine, mean_size, shift)
 
 
 class Eigenpair(NamedTuple):
@@ -101,11 +104,13 @@ def power_iteration(
 ) -> Eigenpair:
     """Return the Hessian's top eigenpair, the algebraically largest, by power iteration from `start`.
 
-    Each iteration sets v to m v + (1 - m) u over its norm, u = (H - s I) v over its norm. Plain power iteration (m = 0,
-    s = 0, the paper's) finds the eigenvalue of largest absolute value. Where that is a negative one, v turns into its
-    eigenvector and the Rayleigh quotient nears -norm(H v); s then lifts the negative end of the spectrum to about zero
-    and leaves the top eigenvalue the largest: see [`Spectrum`]. A momentum m averages over iterations, whose H are of
-    different batches in training.
+    Each iteration sets v to m v + (1 - m) u over its norm, u = (H - s I) v over its norm, or over the mean norm of the
+    last products where that is larger. A momentum m averages over iterations, whose H are of different batches in
+    training; those whose products are short, which tell little of the top of the spectrum, count less.
+
+    Plain power iteration (m = 0, s = 0, the paper's) finds the eigenvalue of largest absolute value. Where that is a
+    negative one, v turns into its eigenvector and the Rayleigh quotient nears -norm(H v); s then lifts the negative end
+    of the spectrum to about zero and leaves the top eigenvalue the largest: see [`Spectrum`].
 
     Args:
         hessian_vector_product: v -> H v, in tensors of its own, which are overwritten.
@@ -116,9 +121,9 @@ def power_iteration(
 
     Returns:
         The last v, of norm 1; the Rayleigh quotient lambda = <v, H v> of the v before it, which costs no further
-        product; the spectrum; and norm(H v - lambda v) / abs(lambda) of the v before it: 0 for an eigenvector, NaN where H v is
-        zero. Rounding hides what is below the square root of the dtype's precision, 3e-4 in float32. A product of zero
-        leaves v as it is; one that is not finite spoils the pair.
+        product; the spectrum; and norm(H v - lambda v) / abs(lambda) of the v before it: 0 for an eigenvector, NaN
+        where H v is zero. Rounding hides what is below the square root of the dtype's precision, 3e-4 in float32. A
+        product of zero leaves v as it is; one that is not finite spoils the pair.
     """
     vector = list(start)
     value = size = norm(vector) * 0
@@ -131,7 +136,7 @@ def power_iteration(
         shift = spectrum.shift
         square = size.square() - 2 * shift * value + shift.square()  # of norm(H v - s v), for norm(v) is 1
         length = square.clamp(min=0).sqrt()  # where v is an eigenvector of s itself, rounding may make it negative
-        gain = (1 - momentum) * reciprocal_or_zero(length)
+        gain = (1 - momentum) * reciprocal_or_zero(torch.maximum(length, spectrum.size))
         kept = torch.where(length == 0, torch.ones_like(length), momentum - shift * gain)
         set_to_combination(product, gain, vector, kept)  # in place: a refresh holds two vectors, not four
         multiply(product, 1 / norm(product))

@@ -171,11 +171,11 @@ class SharpnessAwareSteps:
         if not all_finite(self.accelerator, [norm(gradient)]):
             return False
         start = state.warm_start(scope) or self._first_vector(gradient)
-        curvature = self._curvature(window, parameters, gradient)
+        curvature, momentum = self._curvature(window, parameters, gradient), config.eigen_momentum
         elsewhere = self._moves_along_eigenvector(step)  # so that `.grad` is not of w
         if elsewhere and self.method == "finite_difference":
             product = self._product_from_both_sides(window, trainable, parameters, step)
-            estimate = power_iteration(lambda _: product, start, 1, state.spectrum, config.eigen_momentum)
+            estimate = power_iteration(lambda _: product, start, 1, state.spectrum, momentum)
         else:
             with gradients_set_aside(window.model):
                 known = None if elsewhere else gradient

@@ -50,9 +50,9 @@ def test_power_iteration_matches_lanczos():
 @pytest.mark.parametrize("iterations", [400, 5, 1])
 def test_top_eigenvalue_though_the_largest_is_negative(others, iterations):
     matrix, top = symmetric([1.0, *others, *[0.0] * 20])
-    vector, shift = [torch.nn.functional.normalize(torch.randn(len(matrix), dtype=torch.double), dim=0)], None
+    vector, spectrum = [torch.nn.functional.normalize(torch.randn(len(matrix), dtype=torch.double), dim=0)], None
     for _ in range(400 // iterations):
-        vector, value, shift, _ = power_iteration(matrix_product(matrix), vector, iterations, shift)
+        vector, value, spectrum, _ = power_iteration(matrix_product(matrix), vector, iterations, spectrum)
     assert abs(vector[0] @ top) > 0.999
     assert value.item() == pytest.approx(1.0, rel=0.01)
 
@@ -65,7 +65,60 @@ def test_plain_iteration_where_the_top_dominates():
         vector = torch.nn.functional.normalize(matrix @ vector, dim=0)
     estimate = power_iteration(matrix_product(matrix), start, 5)
     torch.testing.assert_close(estimate.vector[0], vector, rtol=0, atol=1e-12)
-    assert estimate.shift == 0
+    assert estimate.spectrum.shift == 0
+
+
+def refreshes(matrices, vector, momentum=0.0, spectrum=None):
+    """Return the estimates of one product of each matrix in turn, from `vector` on."""
+    found = []
+    for matrix in matrices:
+        estimate = power_iteration(matrix_product(matrix), vector, 1, spectrum, momentum)
+        vector, spectrum = estimate.vector, estimate.spectrum
+        found.append(estimate)
+    return found
+
+
+class TestSpectrum:
+    """What is known of the spectrum comes from many products."""
+
+    def test_one_batch_with_a_large_negative_quotient_shifts_nothing(self):
+        usual, top = symmetric([2.0, -1.0, 0.5, 0.1])
+        odd = usual - 400 * torch.outer(top, top)
+        before, after = [usual] * 8, [usual] * 8
+        found = refreshes([*before, odd, *after], [top])
+        assert {estimate.spectrum.shift.item() for estimate in found} == {0.0}
+        assert abs(found[-1].vector[0] @ top) > 0.999
+
+    def test_the_shift_goes_once_the_top_dominates(self):
+        at_first, top = symmetric([1.0, -3.0, 0.5, 0.1])
+        later = at_first + 9 * torch.outer(top, top)
+        start = random_unit_vector([torch.zeros(4, dtype=torch.double)], 0)
+        found = refreshes([at_first] * 60 + [later] * 10, start)
+        assert found[59].spectrum.shift < -1  # so that 1 - s is above abs(-3 - s)
+        assert abs(found[59].vector[0] @ top) > 0.999
+        assert found[-1].spectrum.shift == 0
+        assert abs(found[-1].vector[0] @ top) > 0.999
+
+    def test_means_are_over_the_last_products(self):
+        quotients = [float(number) for number in range(1, 31)]
+        found = refreshes([torch.eye(2) * quotient for quotient in quotients], [torch.tensor([1.0, 0.0])])
+        for count in range(1, 9):
+            assert found[count - 1].spectrum.eigenvalue.item() == pytest.approx(sum(quotients[:count]) / count)
+        mean = sum(quotients[:8]) / 8
+        for quotient in quotients[8:]:
+            mean += (quotient - mean) / 8
+        assert found[-1].spectrum.eigenvalue.item() == pytest.approx(mean)
+        assert found[-1].spectrum.size.item() == pytest.approx(mean)
+        assert found[-1].spectrum.cosine.item() == pytest.approx(1)
+
+    def test_a_batch_with_little_curvature_counts_less_under_momentum(self):
+        sharp, top = symmetric([10.0, 1.0, 0.5])
+        flat_elsewhere, _ = symmetric([0.1, 0.0, 0.0], seed=1)
+        known = refreshes([sharp] * 8, [top])[-1].spectrum
+        [after] = refreshes([flat_elsewhere], [top], momentum=0.5, spectrum=known)
+        [alone] = refreshes([flat_elsewhere], [top], momentum=0.5)
+        assert abs(after.vector[0] @ top) > 0.9999
+        assert abs(alone.vector[0] @ top) < 0.99
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])

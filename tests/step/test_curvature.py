@@ -188,7 +188,7 @@ def test_the_first_refreshes_find_the_eigenvector_and_later_ones_follow_it(tmp_p
         trainer = run(
             bert().double(), sentences(), tmp_path, config, MeanLossTrainer, num_train_epochs=epochs, **settings
         )
-        return logs_of(trainer)[-1]["xsam/eigenvalue"], trainer.top_eigenpair([sentences()], iterations=200)[1]
+        return trainer.xsam_state.eigenvalue.item(), trainer.top_eigenpair([sentences()], iterations=200)[1]
 
     for epochs in (12, 40):
         estimated, measured = eigenvalue_and_measured(epochs)
