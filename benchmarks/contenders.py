@@ -106,6 +106,10 @@ def xsam(config: XSAMConfig) -> Callable[..., XSAMTrainer]:
     return lambda **settings: SteadyXSAMTrainer(**settings, xsam_config=config)
 
 
+ONE_PASS_RHO = 5.0  # times SAM's
+LATE = 0.7  # the share of a training that is the stock Trainer's, where X-SAM begins late
+
+
 Contender = TrainerContender | HandWrittenSAM
 
 
@@ -130,9 +134,13 @@ def trainers(rho: float, **settings: Any) -> dict[str, Callable[..., TrainerCont
     def trainer(make: Callable[..., Trainer]) -> Callable[..., TrainerContender]:
         return lambda *arguments: TrainerContender(make, *arguments)
 
+    by_difference = {**settings, "hvp": "finite_difference"}
     return {
         "stock Trainer": trainer(Trainer),
         "SAM": trainer(xsam(XSAMConfig(rho=rho, alpha=0.0))),
         "X-SAM": trainer(xsam(steady(XSAMConfig, rho, **settings))),
         "X-SAM, authors' policy": trainer(xsam(steady(XSAMConfig.paper, rho, **settings))),
+        "X-SAM, the last 30%": trainer(xsam(steady(XSAMConfig, rho, start_step=LATE, **settings))),
+        "one pass": trainer(xsam(steady(XSAMConfig.one_pass, ONE_PASS_RHO * rho, **settings))),
+        "one pass, differences": trainer(xsam(steady(XSAMConfig.one_pass, ONE_PASS_RHO * rho, **by_difference))),
     }

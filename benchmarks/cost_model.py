@@ -145,11 +145,11 @@ def settings_table() -> str:
     model, lora = MODELS["8B"], replace(MODELS["8B"], lora_rank=RANK)
     rows = [
         ("full finetuning, FSDP2", XSAMConfig(), False, model),
-        ("", XSAMConfig(eigen_interval=4), False, model),
-        ("", XSAMConfig(eigen_interval=16), False, model),
+        ("", XSAMConfig(eigen_interval=10), False, model),
+        ("", XSAMConfig(eigen_interval=20), False, model),
         ("LoRA, DDP", XSAMConfig(), True, lora),
         ("", XSAMConfig(hvp="finite_difference"), False, lora),
-        ("", XSAMConfig(eigen_interval=16), True, lora),
+        ("", XSAMConfig(eigen_interval=10), True, lora),
         ("", XSAMConfig(eigen_interval=1), True, lora),
     ]
     lines = ["| on 64 GPUs, 8B | settings | X-SAM / SAM |", "| --- | --- | --- |"]

@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 PAGE, RESULTS = HERE / "README.md", HERE / "results" / "eigenvector_quality.json"
 TENTHS = 10
 SAMPLE_SEED = 0  # of the examples that the reference is measured on
-TOLERANCE = 1e-2  # of Lanczos' residual; the eigenvalue's error is of the order of its square
+TOLERANCE = 5e-2  # of Lanczos' residual; the eigenvalue's error is of the order of its square
 
 
 class Run(NamedTuple):

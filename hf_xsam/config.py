@@ -93,8 +93,8 @@ class XSAMConfig:
             Which steps are run once more at the same weights, to warn where that gives another loss or gradient:
             `"first"`, the first one of a training; `"every"`, which is for debugging; or `"never"`.
         log_metrics (`str`, *optional*, defaults to `"summary"`):
-            `"summary"` logs `xsam/eigenvalue`, `xsam/angle_degrees` and `xsam/sharpness`, and `xsam/skipped_steps`
-            where there are any; `"all"` logs every metric.
+            `"summary"` logs `xsam/rayleigh_quotient`, `xsam/angle_degrees` and `xsam/sharpness`, and
+            `xsam/skipped_steps` where there are any; `"all"` logs every metric.
 
     Raises:
         ValueError: for a value that is not allowed; the message names the field, the value and what is.

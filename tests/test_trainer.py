@@ -156,7 +156,7 @@ class TestEigenvector:
     def test_schedule_and_logs(self, tmp_path):
         config = XSAMConfig(eigen_start_step=2, eigen_interval=3, eigen_warmup_steps=0)
         trainer = run(bert(), sentences(), tmp_path, config)
-        values = [log.get("xsam/eigenvalue") for log in logs_of(trainer)]
+        values = [log.get("xsam/rayleigh_quotient") for log in logs_of(trainer)]
         assert values[:2] == [None, None]
         assert values[2] == values[3] == values[4] != values[5] == values[6] == values[7]
         assert trainer.xsam_state.step == 8
@@ -179,7 +179,7 @@ class TestEigenvector:
     def test_logs_are_averaged_between_logging_steps(self, tmp_path):
         each = logs_of(run(bert(), sentences(), tmp_path, XSAMConfig()))
         fourth = logs_of(run(bert(), sentences(), tmp_path, XSAMConfig(), logging_steps=4))
-        for name in ("xsam/eigenvalue", "xsam/cosine", "xsam/perturbed_loss", "xsam/gradient_norm"):
+        for name in ("xsam/rayleigh_quotient", "xsam/cosine", "xsam/perturbed_loss", "xsam/gradient_norm"):
             assert fourth[0][name] == pytest.approx(sum(log[name] for log in each[:4]) / 4, rel=1e-5)
             assert fourth[1][name] == pytest.approx(sum(log[name] for log in each[4:]) / 4, rel=1e-5)
 
@@ -195,7 +195,7 @@ class TestEigenvector:
             assert trainer.xsam_config == XSAMConfig(alpha=0.1, **config)
             return [{name for name in log if name.startswith("xsam/")} for log in logs_of(trainer)]
 
-        summary = {"xsam/eigenvalue", "xsam/angle_degrees", "xsam/sharpness"}
+        summary = {"xsam/rayleigh_quotient", "xsam/angle_degrees", "xsam/sharpness"}
         assert logged() == [summary] * 2
         (first, second) = logged(log_metrics="all")
         assert first == second > summary | {"xsam/gradient_norm", "xsam/cosine", "xsam/skipped_steps"}
@@ -518,7 +518,7 @@ class TestGradScaler:
         assert scaled.accelerator.scaler.get_scale() == 2.0**10
         torch.testing.assert_close(weights_of(scaled.model), weights_of(plain.model), rtol=0, atol=1e-6)
         for ours, theirs in zip(logs_of(scaled), logs_of(plain), strict=True):
-            for name in ("grad_norm", "xsam/gradient_norm", "xsam/perturbed_gradient_norm", "xsam/eigenvalue"):
+            for name in ("grad_norm", "xsam/gradient_norm", "xsam/perturbed_gradient_norm", "xsam/rayleigh_quotient"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
 
 

@@ -70,15 +70,15 @@ def build_panels(runs: Sequence[Run]) -> list[Panel]:
     }
     over_steps |= {
         "sharpness/trace": "Measured trace of the Hessian",
-        "xsam/eigenvalue": "X-SAM's estimate of the top eigenvalue",
+        "xsam/rayleigh_quotient": "X-SAM's estimate of the top eigenvalue",
         "xsam/angle_degrees": "Angle, gradient to X-SAM's eigenvector (°)",
         "xsam/sharpness": f"Sharpness: perturbed loss {MINUS} loss",
     }
     found = []
     for name, title in over_steps.items():
         curves = [Curve(number, points) for number, run in enumerate(runs) if (points := run.points(name))]
-        log = name.endswith("eigenvalue") and spans_decade(curves)
-        found.append(Panel(title, STEP, curves, log, note=ESTIMATE if name == "xsam/eigenvalue" else ""))
+        log = name.endswith(("eigenvalue", "quotient")) and spans_decade(curves)
+        found.append(Panel(title, STEP, curves, log, note=ESTIMATE if name == "xsam/rayleigh_quotient" else ""))
     for direction, title in (
         ("eigenvector", "Loss along the top eigenvector"),
         ("gradient", "Loss along the gradient"),
@@ -123,7 +123,7 @@ def settings_of(run: Run) -> dict[str, str]:
     # The file may be left from an earlier run in the same folder.
     config = run.xsam_config if with_xsam or not run.history else None
     one_pass = config is not None and config.perturbation == "eigenvector"
-    corrected = bool(config.alpha if config else run.points("xsam/eigenvalue"))
+    corrected = bool(config.alpha if config else run.points("xsam/rayleigh_quotient"))
     ours = "X-SAM, one pass" if one_pass else "X-SAM" if corrected else "SAM"
     method = ours if config or with_xsam else "stock Trainer" if run.history else ""
     seconds = run.results.get("train_runtime")

@@ -25,7 +25,7 @@ TAG = "x-sam"
 PLOT_NAME = "xsam_sharpness.png"
 
 FIGURES = {
-    "xsam/eigenvalue": "top eigenvalue of the Hessian",
+    "xsam/rayleigh_quotient": "Rayleigh quotient of the eigenvector",
     "xsam/angle_degrees": "angle between gradient and top eigenvector, degrees",
     "xsam/sharpness": "sharpness, perturbed loss - loss",
 }
@@ -163,7 +163,7 @@ def xsam_section(
             markdown_table(("", "first", "last", "lowest", "highest"), rows),
         ]
     if plot:
-        parts.append(f"![The top eigenvalue, the loss and the perturbed loss by optimizer step]({plot})")
+        parts.append(f"![The Rayleigh quotient, the loss and the perturbed loss by optimizer step]({plot})")
     return "\n\n" + "\n\n".join([*parts, "### Citations", CITATIONS])
 
 
@@ -179,7 +179,7 @@ def sharpness_rows(history: Logs) -> list[tuple[str, ...]]:
 
 
 def draw_plot(history: Logs, path: Path) -> str | None:
-    """Draw the top eigenvalue, the loss and the perturbed loss by step; return the file's name.
+    """Draw the eigenvector's Rayleigh quotient, the loss and the perturbed loss by step; return the file's name.
 
     Return None if there are fewer than two logs to draw, or if matplotlib is missing.
     """
@@ -192,7 +192,8 @@ def draw_plot(history: Logs, path: Path) -> str | None:
         return None
     from matplotlib.figure import Figure
 
-    panels = [("top eigenvalue", {"": "xsam/eigenvalue"})] if any("xsam/eigenvalue" in line for line in lines) else []
+    quotient = "xsam/rayleigh_quotient"
+    panels = [("Rayleigh quotient", {"": quotient})] if any(quotient in line for line in lines) else []
     panels.append(("loss", {"loss": "loss", "perturbed loss": "perturbed loss"}))
     figure = Figure(figsize=(3.5 * len(panels), 2.5), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

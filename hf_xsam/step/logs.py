@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 # What is logged unless all is asked for.
 SKIPPED_STEPS = "xsam/skipped_steps"
-SUMMARY = ("xsam/active", "xsam/eigenvalue", "xsam/angle_degrees", "xsam/sharpness")
+SUMMARY = ("xsam/active", "xsam/rayleigh_quotient", "xsam/angle_degrees", "xsam/sharpness")
 # How metrics end that an evaluation logs beside its results: the Trainer's, and TRL's.
 NOT_RESULTS = ("runtime", "per_second", "preparation_time", "num_tokens")
 # When the perturbed loss counts as far above the loss, and over how many optimizer steps before a warning.

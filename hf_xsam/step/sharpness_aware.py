@@ -248,7 +248,7 @@ class SharpnessAwareSteps:
             metrics, realised = {}, self._realised
             if self.state.spectrum is not None:
                 eigenvalue = self.state.spectrum.eigenvalue
-                metrics = {"eigenvalue": eigenvalue, "sharpness": rho**2 / 2 * eigenvalue}
+                metrics = {"rayleigh_quotient": eigenvalue, "sharpness": rho**2 / 2 * eigenvalue}
         else:
             metrics = {"gradient_norm": gradient_norm(trainable) / scale}
             weights = list(self._parameters_in("perturb_scope").values())
@@ -276,7 +276,7 @@ class SharpnessAwareSteps:
         along = dot(gradient, eigenvector) / scale
         size, change = correction_factors(length, along, config.alpha, config.correction, config.normalize_gradient)
         set_to_combination(gradient, size, eigenvector, scale * change)
-        return {"eigenvalue": state.spectrum.eigenvalue, **alignment(along, length)}
+        return {"rayleigh_quotient": state.spectrum.eigenvalue, **alignment(along, length)}
 
     def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
         return parameters_in_scope(self.model, getattr(self.config, field), f"XSAMConfig.{field}")

@@ -95,7 +95,7 @@ def test_one_machine(texts, configuration, processes, parts):
     assert result.returncode == 0, result.stderr[-3000:]
     assert check(texts, processes)["eigenvector_parts"] == parts
     assert (Path(texts["output_dir"]) / "model.safetensors").exists()
-    assert "xsam/eigenvalue" in result.stdout
+    assert "xsam/rayleigh_quotient" in result.stdout
     assert "top_eigenvalue" in result.stdout
 
 

@@ -89,7 +89,7 @@ def test_sft(model_and_data, mode, options, capsys):
     assert {"eval_loss", "eval_mean_token_accuracy", "test_loss", "test_mean_token_accuracy"} <= metrics.keys()
     assert metrics["top_eigenvalue"] != 0
     table = capsys.readouterr().out
-    assert ("xsam/eigenvalue" in table) == (mode == "xsam")
+    assert ("xsam/rayleigh_quotient" in table) == (mode == "xsam")
     saved = AutoModelForCausalLM.from_pretrained(model_and_data["model_name_or_path"])
     if options:
         PeftModel.from_pretrained(saved, model_and_data["output_dir"])

@@ -57,7 +57,7 @@ def test_learns_in_each_mode(model_and_data, mode, capsys):
     table = capsys.readouterr().out
     assert f"{mode} on" in table
     assert ("xsam/sharpness" in table) == (mode != "trainer")
-    assert ("xsam/eigenvalue" in table) == (mode == "xsam")
+    assert ("xsam/rayleigh_quotient" in table) == (mode == "xsam")
     saved = BertForSequenceClassification.from_pretrained(model_and_data["output_dir"])
     assert saved.config.id2label == {0: "no", 1: "yes"}
 

@@ -105,8 +105,8 @@ def test_push_at_the_end(hub, tmp_path, adapter):
     assert f"| test | {tested['test_loss']:.4g} | {tested['test_accuracy']:.4g} |" in card.text
     assert "| `alpha` | `0.5` |" in card.text
     assert r"| `eigen_scope` | `layer\|classifier` |" in card.text
-    eigenvalues = [line["xsam/eigenvalue"] for line in trainer.state.log_history if "xsam/eigenvalue" in line]
-    assert f"| top eigenvalue of the Hessian | {eigenvalues[0]:.4g} | {eigenvalues[-1]:.4g} |" in card.text
+    quotients = [log["xsam/rayleigh_quotient"] for log in trainer.state.log_history if "xsam/rayleigh_quotient" in log]
+    assert f"| Rayleigh quotient of the eigenvector | {quotients[0]:.4g} | {quotients[-1]:.4g} |" in card.text
     assert "2601.10251" in card.text
     assert "foret2021" in card.text
 

@@ -22,9 +22,9 @@ from tests.cases import SIZES
 
 HISTORY = [
     {"step": 10, "loss": 0.7, "xsam/sharpness": 0.1, "xsam/perturbed_loss": 0.8},
-    {"step": 20, "loss": 0.5, "xsam/sharpness": 0.3, "xsam/perturbed_loss": 0.8, "xsam/eigenvalue": 12.0},
+    {"step": 20, "loss": 0.5, "xsam/sharpness": 0.3, "xsam/perturbed_loss": 0.8, "xsam/rayleigh_quotient": 12.0},
     {"step": 20, "eval_mm_loss": 0.6, "eval_mm_accuracy": 0.5, "eval_mm_runtime": 1.0, "eval_mm_steps_per_second": 2.0},
-    {"step": 30, "loss": 0.4, "xsam/sharpness": 0.2, "xsam/perturbed_loss": 0.6, "xsam/eigenvalue": 3.0},
+    {"step": 30, "loss": 0.4, "xsam/sharpness": 0.2, "xsam/perturbed_loss": 0.6, "xsam/rayleigh_quotient": 3.0},
     {"step": 30, "eval_mm_loss": 0.5, "eval_mm_accuracy": 0.9, "eval_mm_runtime": 1.0},
     {"step": 30, "test_loss": 0.55, "test_runtime": 1.0, "test_model_preparation_time": 0.1, "test_num_tokens": 9},
     {"step": 30, "train_runtime": 9.0, "train_loss": 0.53},
@@ -51,7 +51,7 @@ def test_results_that_the_stock_card_has_are_not_repeated():
 
 def test_sharpness_over_the_run():
     assert sharpness_rows(HISTORY) == [
-        ("top eigenvalue of the Hessian", "12", "3", "3", "12"),
+        ("Rayleigh quotient of the eigenvector", "12", "3", "3", "12"),
         ("sharpness, perturbed loss - loss", "0.1", "0.2", "0.1", "0.3"),
     ]
 
@@ -84,7 +84,7 @@ def test_the_plot_shows_the_logs(tmp_path, monkeypatch):
     assert loss.lines[0].get_xydata()[:3].tolist() == [[10, 0.7], [20, 0.5], [30, 0.4]]
 
     assert draw_plot(HISTORY[:1], tmp_path / "none.png") is None
-    without_eigenvalue = [line for line in HISTORY if "xsam/eigenvalue" not in line] * 2
+    without_eigenvalue = [line for line in HISTORY if "xsam/rayleigh_quotient" not in line] * 2
     assert draw_plot(without_eigenvalue, tmp_path / "sam.png") == "sam.png"
     assert len(drawn[1].axes) == 1
 

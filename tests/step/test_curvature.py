@@ -13,7 +13,7 @@ from hf_xsam.functional.tensors import dot, norm
 from hf_xsam.step.modes import forward_passes_evaluated
 from hf_xsam.step.random_state import RandomState, devices_of
 from hf_xsam.step.replay import MicroBatch, Window
-from tests.helpers import arguments, examples_of, logs_of, run
+from tests.helpers import arguments, examples_of, run
 from tests.models import BatchNormClassifier, MeanLossTrainer, bert, llama, padded_text, points, sentences
 
 

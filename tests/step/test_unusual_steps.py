@@ -18,7 +18,7 @@ EVERY = {"rho": 0.05, "eigen_interval": 1}
 
 def method_of(build, batch, folder, kind=XSAMTrainer, **config):
     trainer = run(build(), batch, folder, XSAMConfig(**EVERY, **config), kind)
-    values = [line["xsam/eigenvalue"] for line in logs_of(trainer)]
+    values = [line["xsam/rayleigh_quotient"] for line in logs_of(trainer)]
     assert all(value != 0 for value in values)
     return trainer._xsam_steps.method
 
