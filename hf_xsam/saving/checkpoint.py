@@ -111,7 +111,7 @@ def load_state(
     _warn_of_differences(folder, saved, config, processes, accelerator.num_processes)
     if parts is not None:
         files = _open_vector(Path(folder), parts)
-        if eigenvalue is None:  # before the first refresh: the vector that the user set
+        if spectrum is None:  # before the first refresh: the vector that the user set
             [file] = files.values()
             state.eigenvector = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
         else:
