@@ -56,10 +56,10 @@ def comparable(log):
     return {name: value for name, value in log.items() if not name.endswith(TIMES) and "xsam/" not in name}
 
 
-def assert_equals_stock(model, ours, stock, args, dataset, **given):
+def assert_equals_stock(model, ours, stock, args, dataset, xsam=None, **given):
     """Train by both, and compare the weights and every metric of every log, bit for bit."""
     trainers = []
-    for kind, config in ((stock, {}), (ours, {"xsam_config": XSAMConfig(**PLAIN)})):
+    for kind, config in ((stock, {}), (ours, {"xsam_config": xsam or XSAMConfig(**PLAIN)})):
         torch.manual_seed(0)
         loaded = model() if callable(model) else model
         trainer = kind(model=loaded, args=args, train_dataset=dataset, eval_dataset=dataset, **given, **config)
@@ -152,10 +152,11 @@ class TestReward:
     ],
     ids=["sft", "dpo", "reward"],
 )
-def test_a_corrected_step_counts_once(model, tmp_path, ours, stock, config_class, data, method):
+@pytest.mark.parametrize("preset", [XSAMConfig, XSAMConfig.one_pass])
+def test_a_corrected_step_counts_once(model, tmp_path, ours, stock, config_class, data, method, preset):
     args = settings(config_class, tmp_path, gradient_accumulation_steps=2, max_steps=2, gradient_checkpointing=False)
     trainers = []
-    for kind, config in ((stock, {}), (ours, {"xsam_config": XSAMConfig(eigen_interval=1, power_iterations=2)})):
+    for kind, config in ((stock, {}), (ours, {"xsam_config": preset(eigen_interval=1, power_iterations=2)})):
         torch.manual_seed(0)
         trainers.append(kind(model=model, args=args, train_dataset=data, eval_dataset=data, **config))
         trainers[-1].train()
@@ -167,6 +168,11 @@ def test_a_corrected_step_counts_once(model, tmp_path, ours, stock, config_class
     first = {name: value for name, value in comparable(stock_logs[0]).items() if name != "grad_norm"}
     assert {name: our_logs[0][name] for name in first} == first
     assert [log["num_tokens"] for log in our_logs] == [log["num_tokens"] for log in stock_logs]
+
+
+def test_one_pass_without_a_radius_equals_the_stock_trainer(model, tmp_path):
+    args = settings(DPOConfig, tmp_path, gradient_accumulation_steps=2)
+    assert_equals_stock(model, XSAMDPOTrainer, DPOTrainer, args, PREFERENCES, XSAMConfig.one_pass(0.0))
 
 
 def test_measuring_the_eigenvalue_leaves_the_metrics_alone(model, tmp_path):

@@ -30,9 +30,10 @@ class TestOverflow:
                 return super().compute_loss(*args, **kwargs)
 
     @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
-    def test_a_scale_that_is_too_large_comes_down_by_itself(self, tmp_path, hvp):
+    @pytest.mark.parametrize("preset", [XSAMConfig, XSAMConfig.one_pass])
+    def test_a_scale_that_is_too_large_comes_down_by_itself(self, tmp_path, hvp, preset):
         recorder = WeightRecorder()
-        config, settings = XSAMConfig(hvp=hvp), {"optimizer": "AdamW", "num_train_epochs": 4}
+        config, settings = preset(hvp=hvp), {"optimizer": "AdamW", "num_train_epochs": 4}
         trainer = run(bert(), sentences(32), tmp_path, config, self.Float16, [recorder], **settings)
         skipped = trainer.xsam_state.skipped_steps
         assert 5 < skipped < 25
@@ -81,8 +82,10 @@ class TestAutocast:
         assert torch.equal(weights_of(ours.model), weights_of(stock.model))
 
     @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
-    def test_gives_the_full_precision_run_but_for_rounding(self, tmp_path, hvp):
-        config = XSAMConfig(rho=0.1, correction="aligned", alpha=0.5, normalize_gradient=False, hvp=hvp)
+    @pytest.mark.parametrize("perturbation", ["gradient", "eigenvector"])
+    def test_gives_the_full_precision_run_but_for_rounding(self, tmp_path, hvp, perturbation):
+        fields = {"correction": "aligned", "alpha": 0.5, "normalize_gradient": False, "perturbation": perturbation}
+        config = XSAMConfig(rho=0.1, hvp=hvp, **fields)
         full = run(bert(), sentences(), tmp_path, config, num_train_epochs=1)
         half = run(bert(), sentences(), tmp_path, config, num_train_epochs=1, bf16=True)
         moved = weights_of(full.model) - weights_of(bert())
