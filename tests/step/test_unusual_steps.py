@@ -219,19 +219,13 @@ class TestRefused:
 class TestEcho:
     """What is put back makes no warning (`test_same_step`); what is not is named, once."""
 
-    class Hidden(Smooth):
-        def __init__(self):
-            super().__init__()
-            self.box = Box()
-
-        def forward(self, x, labels):
-            self.box.inner.count += 1
-            return super().forward(x * (1 + 0.1 * self.box.inner.count), labels)
-
-    def test_names_what_moved(self, tmp_path, caplog):
-        run(self.Hidden(), points(), tmp_path, XSAMConfig(rho=0.1))
+    @pytest.mark.parametrize("build", [lambda: OfItsClass(), lambda: Global(), lambda: Iterating()])
+    @pytest.mark.parametrize("check", ["first", "every"])
+    def test_names_what_moved(self, build, check, tmp_path, caplog):
+        model = build()
+        run(model, points(), tmp_path, XSAMConfig(rho=0.1, replay_check=check))
         (said,) = [message for message in caplog.messages if "run again at the same weights" in message]
-        assert "model.box.inner.count" in said
+        assert f"Between the passes has changed: {model.moves}. X-SAM" in said
 
     def test_names_nothing_where_nothing_can_be_seen(self, tmp_path, caplog):
         numbers = iter(range(1000))
@@ -251,16 +245,35 @@ class TestEcho:
         assert len(seen) == passes
 
 
-class Box:
-    def __init__(self):
-        self.inner, self.count = None, 0
-        if type(self) is Box:
-            self.inner = InnerBox()
+class OfItsClass(Smooth):
+    moves, count = "model.count", 0
+
+    def forward(self, x, labels):
+        type(self).count += 1
+        return super().forward(x * (1 + 0.1 * self.count), labels)
 
 
-class InnerBox:
+COUNT = 0
+
+
+class Global(Smooth):
+    moves = "COUNT (used in Global.forward)"
+
+    def forward(self, x, labels):
+        global COUNT
+        COUNT += 1
+        return super().forward(x * (1 + 0.1 * COUNT), labels)
+
+
+class Iterating(Smooth):
+    moves = "model.numbers"
+
     def __init__(self):
-        self.count = 0
+        super().__init__()
+        self.numbers = (number for number in range(1000))
+
+    def forward(self, x, labels):
+        return super().forward(x * (1 + 0.1 * next(self.numbers)), labels)
 
 
 class Spectral(nn.Module):
