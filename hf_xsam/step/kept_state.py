@@ -11,7 +11,8 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from functools import lru_cache, partial
+from functools import partial
+from operator import is_
 from types import CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
@@ -42,10 +43,11 @@ INTEGERS, LARGEST_COUNTS = (torch.int8, torch.uint8, torch.int16, torch.int32), 
 # What is stepped, moved on or read outside of the passes; what threads share.
 LEFT_OUT = (Enum, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.utils.data.Dataset)
 LOCKS = frozenset((type(threading.Lock()), type(threading.RLock()), threading.Thread, threading.Condition))
-ATOMS = frozenset(CONSTANT)
 ABSENT = object()
 
 Keep = Callable[["KeptState", Any], Iterable[Any]]
+Names = dict[int, tuple[Any, int, str, tuple[str, ...]]]
+NOT_KNOWN = (None, 0, "", ())
 
 
 class KeptState:
@@ -58,12 +60,20 @@ class KeptState:
         owners: modules, and other objects whose attributes count.
         others: values whose contents count, such as those that classes hold.
         left_out: objects that do not.
+        names: what modules call their own attributes, found when their state was last kept, and now.
 
     Attributes:
         generators: the random generators found.
     """
 
-    def __init__(self, owners: Sequence[Any], others: Iterable[Any] = (), left_out: Iterable[Any] = ()) -> None:
+    def __init__(
+        self,
+        owners: Sequence[Any],
+        others: Iterable[Any] = (),
+        left_out: Iterable[Any] = (),
+        names: Names | None = None,
+    ) -> None:
+        self._names: Names = {} if names is None else names
         self.generators: list[Generator] = []
         self._random: list[Any] = []
         self._attributes: list[tuple[dict[str, Any], dict[str, Any], int]] = []
@@ -77,7 +87,7 @@ class KeptState:
         for owner in owners:
             level += self._module(owner) if isinstance(owner, nn.Module) else self._object(owner)
         for _ in range(DEPTH):
-            level = [part for value in level for part in self._keep(value) if type(part) not in ATOMS]
+            level = [part for value in level for part in self._keep(value) if HOW[type(part)]]
         self._tensors = KeptTensors(self._found)
 
     def restore(self) -> None:
@@ -110,8 +120,7 @@ class KeptState:
 
     def _keep(self, value: Any) -> Iterable[Any]:
         """Keep what can change within `value`; return its parts."""
-        kind: Any = type(value)
-        keep = _how_to_keep(kind)
+        keep = HOW[type(value)]
         if keep is None or id(value) in self._seen or len(self._seen) > MOST:
             return ()
         self._seen.add(id(value))
@@ -119,7 +128,7 @@ class KeptState:
 
     def _module(self, module: nn.Module) -> list[Any]:
         held, buffers = vars(module), module._buffers
-        own = {name: held[name] for name in held.keys() - OF_EVERY_MODULE}
+        own = {name: held[name] for name in self._names_in(module, held)}
         self._attributes.append((held, own, len(held)))
         if buffers:
             self._attributes.append((buffers, buffers.copy(), len(buffers)))
@@ -127,10 +136,23 @@ class KeptState:
                 if buffer is not None and id(buffer) not in self._seen and not _is_quantized_weight(name, buffer):
                     self._seen.add(id(buffer))
                     self._found.append(buffer)
-        parts = [value for value in own.values() if type(value) not in ATOMS]
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        parts = [value for value in own.values() if HOW[type(value)]]
+        if (
+            held["_forward_hooks"]
+            or held["_forward_pre_hooks"]
+            or held["_backward_hooks"]
+            or held["_backward_pre_hooks"]
+        ):
             parts += hooks_of(module)
         return parts
+
+    def _names_in(self, module: nn.Module, held: dict[str, Any]) -> tuple[str, ...]:
+        last = next(reversed(held))
+        whose, length, known, names = self._names.get(id(module), NOT_KNOWN)
+        if whose is not module or length != len(held) or known != last:  # a new name is the last one
+            names = tuple(name for name in held if name not in OF_EVERY_MODULE)
+            self._names[id(module)] = module, len(held), last, names
+        return names
 
     def _hidden_module(self, module: nn.Module) -> list[Any]:
         return [*self._module(module), *module._modules.values()]
@@ -191,11 +213,12 @@ class KeptState:
         return ()
 
 
-@lru_cache(maxsize=4096)
 def _how_to_keep(kind: type) -> Keep | None:
     """Return what keeps the contents of the objects of a class; None where they have none that count."""
     if issubclass(kind, (*CONSTANT, *LEFT_OUT)):
         return None
+    if kind is FunctionType:
+        return lambda state, value: () if is_library(value) else state._function(value)
     kinds: tuple[tuple[Any, Keep], ...] = (
         (Tensor, KeptState._tensor),
         (nn.Module, KeptState._hidden_module),
@@ -210,9 +233,18 @@ def _how_to_keep(kind: type) -> Keep | None:
     for base, keep in kinds:
         if issubclass(kind, base):
             return keep
-    if kind is FunctionType:
-        return lambda state, value: () if is_library(value) else state._function(value)
     return None if is_library(kind) else KeptState._object
+
+
+class _How(dict[type, Keep | None]):
+    """What keeps the contents of the objects of each class, found once."""
+
+    def __missing__(self, kind: type) -> Keep | None:
+        self[kind] = keep = _how_to_keep(kind)
+        return keep
+
+
+HOW = _How()
 
 
 def held_by_classes(owners: Iterable[Any]) -> list[Any]:
@@ -222,7 +254,7 @@ def held_by_classes(owners: Iterable[Any]) -> list[Any]:
     functions = [value for value in held if inspect.isfunction(value)]
     defaults = [[*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()] for f in functions]
     values = [value for value in held if not inspect.isfunction(value)] + [part for parts in defaults for part in parts]
-    return [value for value in values if type(value) not in ATOMS]
+    return [value for value in values if HOW[type(value)]]
 
 
 def _elements(container: Any) -> Any:
@@ -240,7 +272,7 @@ def _refill(container: Any, elements: Any) -> None:
     if isinstance(container, bytearray | array.array):
         container[:] = elements
         return
-    if _is_same(_elements(container), elements):
+    if len(container) == len(elements) and (not elements or _is_same(_elements(container), elements)):
         return
     if isinstance(container, OrderedDict):
         OrderedDict.clear(container)
@@ -260,13 +292,10 @@ def _refill(container: Any, elements: Any) -> None:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    """Return whether two plain copies have the same elements, the very same, in the same order."""
-    if len(one) != len(other):
-        return False
+    """Return whether two plain copies of one length have the same elements, the very same, in the same order."""
     if isinstance(one, dict):
-        pairs = zip(one.items(), other.items(), strict=True)
-        return all(key is known and value is before for (key, value), (known, before) in pairs)
-    return all(value is before for value, before in zip(one, other, strict=True))
+        return all(map(is_, one, other)) and all(map(is_, one.values(), other.values()))
+    return all(map(is_, one, other))
 
 
 def _is_quantized_weight(name: str, buffer: Tensor) -> bool:

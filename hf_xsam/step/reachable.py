@@ -12,25 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Packages whose objects and functions hold no state of their own that a training step changes, or hold it with what
-# cannot be put back: connections, threads, files.
+# Packages whose objects and functions hold no state of their own that a training step changes.
 LIBRARIES = frozenset(
-    ["torch", "transformers", "accelerate", "hf_xsam", "trl", "peft", "datasets", "numpy", "builtins", "tokenizers"]
-    + [
-        "safetensors",
-        "huggingface_hub",
-        "tqdm",
-        "wandb",
-        "mlflow",
-        "tensorboard",
-        "tensorboardX",
-        "comet_ml",
-        "neptune",
-    ]
-    + ["ray", "deepspeed", "pandas", "pyarrow", "scipy", "sklearn", "PIL"]
+    ("torch", "transformers", "accelerate", "hf_xsam", "trl", "peft", "datasets", "numpy", "builtins", "tokenizers")
 )
-# Modules and classes of libraries, and of Python, whose objects do: caches of keys and values, namespaces, what holds the
-# user's callbacks.
+# Of these it is held with what cannot be put back: connections, threads, files.
+CONNECTED = frozenset(
+    ("wandb", "mlflow", "tensorboard", "tensorboardX", "comet_ml", "neptune", "ray", "deepspeed", "tqdm", "pyarrow")
+)
+# Modules and classes of libraries, and of Python, whose objects do: caches of keys and values, namespaces, the list of
+# the user's callbacks.
 STATEFUL = (
     "transformers.cache_utils.",
     "transformers.trainer_callback.CallbackHandler",
@@ -40,8 +31,10 @@ STATEFUL = (
     "argparse.",
     "weakref.",
 )
+NO_STATE = LIBRARIES | CONNECTED | sys.stdlib_module_names
 # What every module has, which passes do not change or which is put back elsewhere (modes, weights, buffers).
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What cannot change within.
 CONSTANT = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
 # Containers of more elements are left out.
@@ -82,7 +75,7 @@ def is_library(defined: Any) -> bool:
     """Return whether a class or function is of a library, or of Python's, whose objects hold no state that counts."""
     module = str(getattr(defined, "__module__", None) or "")
     package, name = module.split(".")[0], f"{module}.{getattr(defined, '__qualname__', '')}"
-    return (package in LIBRARIES or package in sys.stdlib_module_names) and not name.startswith(STATEFUL)
+    return package in NO_STATE and not name.startswith(STATEFUL)
 
 
 def slots_of(value: Any) -> tuple[MemberDescriptorType, ...]:
@@ -121,8 +114,8 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
     Functions are left out: what they note in their variables is how passes are counted.
     """
-    dicts = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return [hook for hooks in dicts if hooks for hook in hooks.values() if not inspect.isfunction(hook)]
+    hooks = (hook for name in HOOKS for hook in vars(module)[name].values())
+    return [hook for hook in hooks if not inspect.isfunction(hook)]
 
 
 def _attributes(name: str, owner: Any) -> Iterator[tuple[str, Any]]:

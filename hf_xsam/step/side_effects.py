@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from .kept_state import KeptState, held_by_classes
+from .kept_state import KeptState, Names, held_by_classes
 from .kept_tensors import KeptTensors
 from .moving_weights import FrozenWeights, MovingWeights
 from .random_state import RandomState, devices_of, private_generators
@@ -29,6 +29,7 @@ class Surroundings:
         self._left_out = _wrappers(trainer)
         self.owners = owners_of(model, trainer, self._left_out)
         self.warned = False  # that a step run again is not the same
+        self._names: Names = {}
         self._of_classes = held_by_classes(self.owners.values())
         self._devices = devices_of(model, device)
         self._generators = {id(generator): generator for generator in private_generators(self.owners)}
@@ -85,7 +86,7 @@ class Surroundings:
             left.restore()
 
     def _state(self) -> KeptState:
-        state = KeptState(list(self.owners.values()), self._of_classes, self._left_out)
+        state = KeptState(list(self.owners.values()), self._of_classes, self._left_out, self._names)
         self._generators |= {id(generator): generator for generator in state.generators}
         return state
 
