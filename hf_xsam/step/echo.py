@@ -63,8 +63,8 @@ def _place_of(iterator: Iterator[Any]) -> str:
 def check_echo(window: Window, parameters: Sequence[Tensor], synchronize: bool, marks: Marks) -> bool:
     """Run the window once more at the same weights; warn once where loss or gradient are not its first passes'.
 
-    On an accelerator, and with several processes, a difference within rounding is none, nor is one that is within what
-    two further runs differ by.
+    On an accelerator, and with several processes, a difference within rounding is none. Nor is one that is within what
+    two further runs differ by, where nothing is seen to have changed between the passes.
 
     Args:
         window: after its first passes, whose gradient is in `.grad` and stays there.
@@ -92,14 +92,15 @@ def check_echo(window: Window, parameters: Sequence[Tensor], synchronize: bool, 
         if holds_everywhere(accelerator, _all_equal(first, again)):
             return True
         window.before.restore()
-        moved = {name for name, mark in marks_of(surroundings).items() if marks.get(name) != mark}
+        here = {name for name, mark in marks_of(surroundings).items() if marks.get(name) != mark}
+        moved = set().union(*gather_object([here]))  # on one process as it is
         difference = _largest_difference(accelerator, first, again)
         if accelerator.device.type != "cpu" or accelerator.num_processes > 1:
-            noise = _largest_difference(accelerator, again, run_again())
+            # What moves from pass to pass would make noise of any size.
+            noise = 0.0 if moved else _largest_difference(accelerator, again, run_again())
             eps = torch.finfo(coarsest_dtype(accelerator, window.model)).eps
             if difference <= max(ROUNDING, ROUNDING_STEPS * eps, 2 * noise):
                 return True
-    moved = set().union(*gather_object([moved]))  # on one process as it is
     if accelerator.is_main_process and not surroundings.warned:
         _warn(difference, sorted(moved))
     surroundings.warned = True

@@ -8,11 +8,10 @@ generators. Weights that a forward pass moves are in `moving_weights`, the gener
 import array
 import inspect
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from functools import partial
-from operator import is_
 from types import CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .containers import elements_of, refill
 from .kept_tensors import KeptTensors
 from .random_state import Generator, set_state, state_of
 from .reachable import (
@@ -109,7 +109,7 @@ class KeptState:
         for cell, value in self._cells:
             cell.cell_contents = value
         for container, elements in self._containers:
-            _refill(container, elements)
+            refill(container, elements)
         for kept, values in self._arrays:
             if kept.shape != values.shape:
                 kept.resize(values.shape, refcheck=False)
@@ -173,7 +173,7 @@ class KeptState:
     def _container(self, value: Any) -> Iterable[Any]:
         if len(value) > LARGEST_CONTAINER:
             return ()
-        elements = _elements(value)
+        elements = elements_of(value)
         self._containers.append((value, elements))
         parts = elements.values() if isinstance(elements, dict) else elements
         parts = list(parts) if len(elements) <= FEW else []
@@ -255,47 +255,6 @@ def held_by_classes(owners: Iterable[Any]) -> list[Any]:
     defaults = [[*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()] for f in functions]
     values = [value for value in held if not inspect.isfunction(value)] + [part for parts in defaults for part in parts]
     return [value for value in values if HOW[type(value)]]
-
-
-def _elements(container: Any) -> Any:
-    """Return a plain copy, whatever methods a subclass has of its own."""
-    if isinstance(container, OrderedDict):
-        return dict(OrderedDict.items(container))
-    if isinstance(container, dict):
-        return dict.copy(container)
-    kind = next(kind for kind in (list, deque, set) if isinstance(container, kind))
-    return list(kind.__iter__(container))
-
-
-def _refill(container: Any, elements: Any) -> None:
-    """Put `elements` back into a container whose elements are others, or in another order."""
-    if isinstance(container, bytearray | array.array):
-        container[:] = elements
-        return
-    if len(container) == len(elements) and (not elements or _is_same(_elements(container), elements)):
-        return
-    if isinstance(container, OrderedDict):
-        OrderedDict.clear(container)
-        for key, value in elements.items():
-            OrderedDict.__setitem__(container, key, value)
-    elif isinstance(container, dict):
-        dict.clear(container)
-        dict.update(container, elements)
-    elif isinstance(container, list):
-        list.__setitem__(container, slice(None), elements)
-    elif isinstance(container, deque):
-        deque.clear(container)
-        deque.extend(container, elements)
-    else:
-        set.clear(container)
-        set.update(container, elements)
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Return whether two plain copies of one length have the same elements, the very same, in the same order."""
-    if isinstance(one, dict):
-        return all(map(is_, one, other)) and all(map(is_, one.values(), other.values()))
-    return all(map(is_, one, other))
 
 
 def _is_quantized_weight(name: str, buffer: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Steps without a second derivative, whose rows are no examples, that are not one step, or that are not the same."""
+"""Steps without a second derivative, whose rows are no examples, or that are not one step."""
 
 import logging
 
@@ -214,66 +214,6 @@ class TestRefused:
             parameter.register_post_accumulate_grad_hook(step)
         with pytest.raises(RuntimeError, match="'layers.0.weight' has a post-accumulate-grad hook and no gradient"):
             run(model, points(), tmp_path, XSAMConfig(rho=0.1))
-
-
-class TestEcho:
-    """What is put back makes no warning (`test_same_step`); what is not is named, once."""
-
-    @pytest.mark.parametrize("build", [lambda: OfItsClass(), lambda: Global(), lambda: Iterating()])
-    @pytest.mark.parametrize("check", ["first", "every"])
-    def test_names_what_moved(self, build, check, tmp_path, caplog):
-        model = build()
-        run(model, points(), tmp_path, XSAMConfig(rho=0.1, replay_check=check))
-        (said,) = [message for message in caplog.messages if "run again at the same weights" in message]
-        assert f"Between the passes has changed: {model.moves}. X-SAM" in said
-
-    def test_names_nothing_where_nothing_can_be_seen(self, tmp_path, caplog):
-        numbers = iter(range(1000))
-
-        class Secret(Trainer):
-            def compute_loss(self, model, inputs, *args, **kwargs):
-                return super().compute_loss(model, inputs, *args, **kwargs) * (1 + next(numbers))
-
-        run(Smooth(), points(), tmp_path, XSAMConfig(rho=0.1), with_xsam(Secret))
-        assert "nothing that the model or the trainer holds" in caplog.text
-
-    @pytest.mark.parametrize(("check", "passes"), [("first", 2 * 8 + 1), ("every", 3 * 8), ("never", 2 * 8)])
-    def test_costs_one_pass(self, check, passes, tmp_path):
-        seen, model = [], Smooth()
-        model.register_forward_hook(lambda *_: seen.append(1))
-        run(model, points(), tmp_path, XSAMConfig(rho=0.1, alpha=0.0, replay_check=check))
-        assert len(seen) == passes
-
-
-class OfItsClass(Smooth):
-    moves, count = "model.count", 0
-
-    def forward(self, x, labels):
-        type(self).count += 1
-        return super().forward(x * (1 + 0.1 * self.count), labels)
-
-
-COUNT = 0
-
-
-class Global(Smooth):
-    moves = "COUNT (used in Global.forward)"
-
-    def forward(self, x, labels):
-        global COUNT
-        COUNT += 1
-        return super().forward(x * (1 + 0.1 * COUNT), labels)
-
-
-class Iterating(Smooth):
-    moves = "model.numbers"
-
-    def __init__(self):
-        super().__init__()
-        self.numbers = (number for number in range(1000))
-
-    def forward(self, x, labels):
-        return super().forward(x * (1 + 0.1 * next(self.numbers)), labels)
 
 
 class Spectral(nn.Module):
