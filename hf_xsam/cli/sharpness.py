@@ -22,7 +22,7 @@ class SharpnessArguments:
     device: str = field(
         default="auto", metadata={"help": "'cpu', 'cuda', 'cuda:1', ...; 'auto' uses a GPU if there is one."}
     )
-    progress: bool = field(default=True, metadata={"help": "Show a progress bar; --no_progress hides it."})
+    progress: bool = field(default=True, metadata={"help": "Show a bar on a terminal; --no_progress hides it."})
     output_file: str | None = field(
         default=None,
         metadata={

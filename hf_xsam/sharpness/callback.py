@@ -71,7 +71,9 @@ class XSAMCallback(TrainerCallback):
                 "list of examples."
             )
         if trainer.is_fsdp_enabled:
-            raise ValueError("XSAMCallback cannot measure a model sharded by FSDP: use XSAMTrainer.top_eigenpair.")
+            raise ValueError(
+                "XSAMCallback cannot measure a model sharded by FSDP: use hf_xsam.sharpness.top_eigenpair."
+            )
         if find_spec("scipy") is None:
             raise ImportError("XSAMCallback needs scipy: pip install 'hf_xsam[tools]'")
         assert isinstance(trainer.model, nn.Module)

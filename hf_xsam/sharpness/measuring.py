@@ -11,7 +11,7 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..functional.hessian_vector_products import HessianVectorProduct
 from ..functional.power_iteration import random_unit_vector
@@ -31,6 +30,7 @@ from ..step.modes import evaluating
 from ..step.scope import parameters_in_scope
 from ..step.side_effects import Moment, Surroundings
 from .landscape import Landscape, LossFunction, Slice, angle_degrees, model_loss, plain_accelerator, uphill
+from .progress import Progress, Report, bar
 from .settings import MeasureSettings
 
 FILE_NAME = "sharpness.json"
@@ -103,7 +103,7 @@ def measure(
     settings: MeasureSettings | None = None,
     *,
     compute_loss: LossFunction | None = None,
-    progress: bool = True,
+    progress: bool | Report = True,
     accelerator: Accelerator | None = None,
 ) -> Sharpness:
     """Measure the sharpness of the mean loss of `model` over the data, in evaluation mode.
@@ -119,7 +119,9 @@ def measure(
         settings: what to measure; by default `MeasureSettings()`.
         compute_loss: called as compute_loss(model, batch), returns the mean loss of a batch, 0-dimensional; by default
             that of a transformers model, whose batches have `labels`.
-        progress: whether to show a bar, which counts batches.
+        progress: whether to show a bar, where stderr is a terminal; or what to call as progress(part, done, total) on
+            the way, with the number of batches done and in all. Each batch counts again for every loss, gradient and
+            Hessian-vector product.
         accelerator: the trainer's, for its mixed precision; by default there is none. With several processes, each
             must bring the same data.
 
@@ -136,38 +138,43 @@ def measure(
         scope = parameters_in_scope(model, settings.eigen_scope, "eigen_scope")
         parameters = list(scope.values())
         if any(is_sharded(parameter) for parameter in parameters):
-            raise ValueError("The model is sharded by FSDP: use XSAMTrainer.top_eigenpair, which gathers no vector.")
-        with _nothing_left_behind(model, parameters[0].device) as before, _bar(progress) as bar:
+            raise ValueError(
+                "The model is sharded by FSDP: use hf_xsam.sharpness.top_eigenpair, which gathers no vector."
+            )
+        shown = nullcontext(progress) if callable(progress) else bar(progress)
+        with _nothing_left_behind(model, parameters[0].device) as before, shown as report:
 
             def loss_on(model: nn.Module, batch: Any) -> Tensor:
                 before.restore()  # a batch's loss depends on the weights alone
                 loss = (compute_loss or model_loss)(model, batch)
-                bar.update()
+                counter.batch_done()
                 return loss
 
             landscape = Landscape(accelerator, model, dataloader, loss_on, parameters)
-            bar.set_description_str("gradient")
+            counter = Progress(report, settings, landscape.batches)
+            counter.begin("gradient")
             loss, gradient = landscape.loss(), landscape.gradient()
             length = norm(gradient)
             if not math.isfinite(loss) or not torch.isfinite(length):
                 raise ArithmeticError(f"The loss is {loss}, its gradient's norm {length.item()}: they must be finite.")
             curvature = landscape.curvature(settings.hvp)
-            with curvature.hessian() as product:
-                bar.set_description_str("eigenvalues")
+            counter.begin("eigenvalues")
+            with curvature.hessian() as product_of:
+                product = counter.counted(product_of)
                 # The gradient has much of its length along the top eigenvectors. The random part is there in case it
                 # is orthogonal to one.
                 start = add_scaled(random_unit_vector(parameters, settings.seed), reciprocal_or_zero(length), gradient)
                 values, vectors = top_eigenpairs(product, start, settings.top_k, settings.tolerance)
                 residuals = [residual(product, value, v) for value, v in zip(values, vectors, strict=True)]
-                bar.set_description_str("trace")
+                counter.begin("trace")
                 known = (values, vectors)
                 samples, seed = settings.trace_samples, settings.seed
                 trace = hutchinson_trace(product, parameters, samples, seed, *known) if samples else None
-            bar.set_description_str("sharpness")
+            counter.begin("sharpness")
             sam_sharpness = {rho: landscape.perturbed_loss(gradient, rho) - loss for rho in settings.rhos}
             slices = {}
             if distances := settings.slice_distances():
-                bar.set_description_str("slices")
+                counter.begin("slices")
                 slices["eigenvector"] = landscape.slice_along(uphill(vectors[0], gradient), distances)
                 slices["gradient"] = landscape.slice_along(scale(reciprocal_or_zero(length), gradient), distances)
         conditions = {
@@ -220,7 +227,3 @@ def _nothing_left_behind(model: nn.Module, device: torch.device) -> Iterator[Mom
     undone = Surroundings(model, device).undone()
     with evaluating(model), undone as before, gradients_set_aside(model), torch.enable_grad():
         yield before
-
-
-def _bar(shown: bool) -> AbstractContextManager[Any]:
-    return tqdm(desc="sharpness", unit=" batches", disable=not shown, leave=False)

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from .reachable import reachable
 
-Generator = np.random.Generator | np.random.RandomState | torch.Generator | random.Random
-
-# How far from the trainer or a module a private generator is looked for.
-DEPTH = 3
+Generator = np.random.Generator | np.random.BitGenerator | np.random.RandomState | torch.Generator | random.Random
 
 
 @dataclass
@@ -46,7 +43,7 @@ class RandomState:
         for device, state in self.devices.items():
             torch.get_device_module(device).set_rng_state(state, *_numbered(device))
         for generator, state in self.private:
-            _set_state(generator, state)
+            set_state(generator, state)
 
 
 def devices_of(model: nn.Module, device: torch.device) -> set[torch.device]:
@@ -59,7 +56,7 @@ def devices_of(model: nn.Module, device: torch.device) -> set[torch.device]:
 def private_generators(owners: Mapping[str, Any]) -> list[Generator]:
     """Return the generators of NumPy, torch and Python that can be reached from `owners`, but for the shared ones."""
     shared = (torch.default_generator, random._inst, np.random.mtrand._rand)
-    found = (value for _, value in reachable(owners, DEPTH) if isinstance(value, Generator))
+    found = (value for _, value in reachable(owners) if isinstance(value, Generator))
     return [generator for generator in found if not any(generator is one for one in shared)]
 
 
@@ -71,14 +68,19 @@ def state_of(generator: Generator) -> Any:
     """Return the state of a generator, in a form of its library's."""
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.state
     if isinstance(generator, np.random.RandomState | torch.Generator):
         return generator.get_state()
     return generator.getstate()
 
 
-def _set_state(generator: Generator, state: Any) -> None:
+def set_state(generator: Generator, state: Any) -> None:
+    """Set a generator to a state that [`state_of`] has returned."""
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
+    elif isinstance(generator, np.random.BitGenerator):
+        generator.state = state
     elif isinstance(generator, np.random.RandomState | torch.Generator):
         generator.set_state(state)
     else:

@@ -82,7 +82,7 @@ class SharpnessAwareSteps:
         surroundings, marks = None, None
         if check_is_due or refresh_is_due or not self._takes_one_pass:
             surroundings = self._surroundings or Surroundings(self.model, self.args.device, trainer)
-            marks = marks_of(surroundings.owners) if check_is_due else None
+            marks = marks_of(surroundings) if check_is_due else None
             self._surroundings = surroundings
         self.window = Window(training_step, self.accelerator, model, surroundings, marks)
         return self.window

@@ -7,8 +7,6 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
@@ -249,62 +247,3 @@ def test_dynamic_rope(tmp_path, hvp):
     runs = [run(model(), batch, tmp_path, XSAMConfig(hvp=kind, **settings), cut_xsam) for kind in ("exact", hvp)]
     exact, other = ([line["xsam/rayleigh_quotient"] for line in logs_of(trainer)] for trainer in runs)
     assert other == pytest.approx(exact, rel=0.05, abs=0.01)
-
-
-BEHAVIOURS = ["count", "list", "buffer", "assigned buffer", "teacher", "numpy", "torch", "dropout", "clamp"]
-
-
-class Drawn(Smooth):
-    """Changes in forward what hypothesis has drawn."""
-
-    def __init__(self, behaviours):
-        super().__init__()
-        self.behaviours, self.calls, self.items = behaviours, 0, [0.5]
-        self.register_buffer("mean", torch.zeros(6))
-        self.teacher = deepcopy(self.layers).requires_grad_(False)
-        self.numpy, self.torch = np.random.default_rng(1), torch.Generator().manual_seed(2)
-
-    def forward(self, x, labels):
-        for behaviour in self.behaviours:
-            if behaviour == "count":
-                self.calls += 1
-                x = x * (1 + 0.01 * self.calls)
-            elif behaviour == "list":
-                self.items.append(self.items[-1] / 2)
-                x = x + sum(self.items)
-            elif behaviour == "buffer":
-                self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
-                x = x - self.mean
-            elif behaviour == "assigned buffer":
-                self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-                x = x - self.mean
-            elif behaviour == "teacher":
-                for slow, fast in zip(self.teacher.parameters(), self.layers.parameters(), strict=True):
-                    slow.data.lerp_(fast.data, 0.2)
-                x = x + self.teacher(x).mean()
-            elif behaviour == "numpy":
-                x = x + float(self.numpy.normal())
-            elif behaviour == "torch":
-                x = x + torch.rand(6, generator=self.torch)
-            elif behaviour == "dropout":
-                x = nn.functional.dropout(x, 0.3, self.training)
-            else:
-                self.layers[0].bias.data = self.layers[0].bias.data.clamp(-0.3, 0.3)
-        return super().forward(x, labels)
-
-
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    behaviours=st.lists(st.sampled_from(BEHAVIOURS), min_size=1, max_size=5),
-    accumulation=st.sampled_from([1, 2, 3]),
-    optimizer=st.sampled_from(["SGD", "AdamW"]),
-)
-def test_any_mixture_of_changes(behaviours, accumulation, optimizer, tmp_path_factory):
-    folder, left = tmp_path_factory.mktemp("drawn"), []
-    for config in (None, XSAMConfig(**PLAIN)):
-        torch.manual_seed(0)
-        model = Drawn(behaviours)
-        run(model, points(24), folder, config, optimizer=optimizer, gradient_accumulation_steps=accumulation)
-        draws = model.numpy.random(), torch.rand(2, generator=model.torch), torch.rand(2)
-        left.append([*model.state_dict().values(), model.calls, list(model.items), *draws])
-    assert all(equal(one, other) for one, other in zip(*left, strict=True))

@@ -1,4 +1,4 @@
-"""Steps without a second derivative, whose rows are no examples, that are not one step, or that are not the same."""
+"""Steps without a second derivative, whose rows are no examples, or that are not one step."""
 
 import logging
 
@@ -214,53 +214,6 @@ class TestRefused:
             parameter.register_post_accumulate_grad_hook(step)
         with pytest.raises(RuntimeError, match="'layers.0.weight' has a post-accumulate-grad hook and no gradient"):
             run(model, points(), tmp_path, XSAMConfig(rho=0.1))
-
-
-class TestEcho:
-    """What is put back makes no warning (`test_same_step`); what is not is named, once."""
-
-    class Hidden(Smooth):
-        def __init__(self):
-            super().__init__()
-            self.box = Box()
-
-        def forward(self, x, labels):
-            self.box.inner.count += 1
-            return super().forward(x * (1 + 0.1 * self.box.inner.count), labels)
-
-    def test_names_what_moved(self, tmp_path, caplog):
-        run(self.Hidden(), points(), tmp_path, XSAMConfig(rho=0.1))
-        (said,) = [message for message in caplog.messages if "run again at the same weights" in message]
-        assert "model.box.inner.count" in said
-
-    def test_names_nothing_where_nothing_can_be_seen(self, tmp_path, caplog):
-        numbers = iter(range(1000))
-
-        class Secret(Trainer):
-            def compute_loss(self, model, inputs, *args, **kwargs):
-                return super().compute_loss(model, inputs, *args, **kwargs) * (1 + next(numbers))
-
-        run(Smooth(), points(), tmp_path, XSAMConfig(rho=0.1), with_xsam(Secret))
-        assert "nothing that the model or the trainer holds" in caplog.text
-
-    @pytest.mark.parametrize(("check", "passes"), [("first", 2 * 8 + 1), ("every", 3 * 8), ("never", 2 * 8)])
-    def test_costs_one_pass(self, check, passes, tmp_path):
-        seen, model = [], Smooth()
-        model.register_forward_hook(lambda *_: seen.append(1))
-        run(model, points(), tmp_path, XSAMConfig(rho=0.1, alpha=0.0, replay_check=check))
-        assert len(seen) == passes
-
-
-class Box:
-    def __init__(self):
-        self.inner, self.count = None, 0
-        if type(self) is Box:
-            self.inner = InnerBox()
-
-
-class InnerBox:
-    def __init__(self):
-        self.count = 0
 
 
 class Spectral(nn.Module):
