@@ -33,8 +33,6 @@ def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if "lomo" in optim or optim.endswith("layerwise"):
         raise _steps_inside_backward(f"optim={optim!r}")
-    if trainer.optimizer is not None:
-        refuse_optimizer(trainer)
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"X-SAM does not support torch.nn.DataParallel, which Trainer uses for {trainer.args.n_gpu} GPUs in one "
@@ -97,18 +95,20 @@ def _refuse_unsupported_trl(trainer: "Trainer") -> None:
         )
 
 
-def refuse_optimizer(trainer: "Trainer") -> None:
-    """Raise where the trainer's optimizer steps within backward passes, or trains a loss's parameters too.
+def refuse_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise where the optimizer steps within backward passes, or trains more than the model.
+
+    Args:
+        optimizer: as the trainer has set it.
+        model: whose parameters X-SAM perturbs and corrects, without wrappers.
 
     Raises:
         ValueError: with what to do instead.
     """
-    assert trainer.optimizer is not None
-    assert isinstance(trainer.model, nn.Module)
-    if (name := type(trainer.optimizer).__name__) in STEPS_INSIDE_BACKWARD:
+    if (name := type(optimizer).__name__) in STEPS_INSIDE_BACKWARD:
         raise _steps_inside_backward(name)
-    known = {id(parameter) for parameter in trainer.model.parameters()}
-    trained = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    known = {id(parameter) for parameter in model.parameters()}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if foreign := [parameter for parameter in trained if id(parameter) not in known]:
         raise ValueError(
             f"The optimizer trains {len(foreign)} parameters that do not belong to the model, the first of shape "
