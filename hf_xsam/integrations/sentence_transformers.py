@@ -40,6 +40,9 @@ class XSAMSentenceTransformerTrainer(XSAMTrainerMixin, SentenceTransformerTraine
                 "with requires_grad_(False)."
             )
 
+    def _get_collator_with_removed_columns(self, data_collator: Any, *args: Any, **kwargs: Any) -> Any:
+        return data_collator  # as in sentence-transformers' data loaders: the collator chooses among the columns
+
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute the stock loss, of the model given: second derivatives take it without its wrappers."""
         unwrapped = model is not self.model_wrapped and torch.is_grad_enabled()

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from embedded import minilm_folder
 
 pytest.importorskip("sentence_transformers")
 
+import scipy.signal
 import scipy.special
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
@@ -41,7 +43,7 @@ CLASSED = Dataset.from_dict({**PAIRS, "label": [0, 1, 2, 1, 0, 2] * 2})
 
 def softmax(model):
     torch.manual_seed(5)
-    return SoftmaxLoss(model, sentence_embedding_dimension=16, num_labels=3)
+    return SoftmaxLoss(model, embedding_dimension=16, num_labels=3)
 
 
 LOSSES = {
@@ -136,9 +138,13 @@ def test_a_cached_loss_has_the_curvature_of_the_loss_itself(folder, tmp_path):
     found = []
     for name in ("ranking", "cached"):
         loss, data, _ = LOSSES[name]
-        trainer = trained(folder, tmp_path, XSAMSentenceTransformerTrainer, loss, data, XSAMConfig(**PLAIN))
-        found.append(trainer.top_eigenpair([batch_of(trainer)], iterations=30).eigenvalue)
-    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+        def in_float64(model, loss=loss):
+            return loss(model.double())
+
+        trainer = trained(folder, tmp_path, XSAMSentenceTransformerTrainer, in_float64, data, XSAMConfig(**PLAIN))
+        found.append(trainer.top_eigenpair([batch_of(trainer)], iterations=10).eigenvalue)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_losses_by_data_set(folder, tmp_path):
@@ -182,20 +188,19 @@ class TestParametersOfTheLoss:
 
         def gradient(of):
             features, labels = trainer.collect_features(batch)
-            return torch.autograd.grad(loss([dict(f) for f in features], labels), of, allow_unused=True)
+            return torch.autograd.grad(loss(features, labels), of, materialize_grads=True)
 
-        ascent = [0 if g is None else g for g in gradient(chosen)]
-        length = sum((g**2).sum() for g in ascent if g is not 0).sqrt()  # noqa: F632
-        with torch.no_grad():
-            for parameter, g in zip(chosen, ascent, strict=True):
-                parameter.add_(rho * g / length)
+        def move(moved, along, by):
+            with torch.no_grad():
+                for parameter, direction in zip(moved, along, strict=True):
+                    parameter.add_(by * direction)
+
+        ascent = gradient(chosen)
+        by = rho / torch.nn.utils.parameters_to_vector(ascent).norm()
+        move(chosen, ascent, by)
         descent = gradient(list(parameters.values()))
-        with torch.no_grad():
-            for parameter, g in zip(chosen, ascent, strict=True):
-                parameter.sub_(rho * g / length)
-            for parameter, g in zip(parameters.values(), descent, strict=True):
-                if g is not None:
-                    parameter.sub_(rate * g)
+        move(chosen, ascent, -by)
+        move(parameters.values(), descent, -rate)
         torch.testing.assert_close(all_weights(trainer), torch.cat([weights_of(loss.model), weights_of(loss)]))
 
     @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
@@ -227,7 +232,7 @@ class TestParametersOfTheLoss:
 
 def test_two_processes(folder):
     script = Path(__file__).parent / "sentence_transformers_run.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     ended = subprocess.run([*command, script, folder], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.count("equal") == 2
@@ -262,19 +267,39 @@ def test_the_card_is_theirs_and_x_sam_s(folder, tmp_path):
     assert SentenceTransformer(str(tmp_path), device="cpu").encode("good film").shape == (16,)
 
 
-def documented_functions(*modules):
-    """Return the names of the modules' functions, as words, and the first lines of their docstrings."""
+def documented_functions(module):
+    """Return the module's functions with what their docstrings say of them first, beside their names as words."""
     pairs = {}
-    for module in modules:
-        for name in dir(module):
-            text = inspect.getdoc(getattr(module, name)) or ""
-            first = text.partition("\n\n")[2].strip().partition("\n")[0]
-            if not name.startswith("_") and callable(getattr(module, name)) and len(first.split()) > 2:
-                pairs[first] = name.replace("_", " ")
-    return [{"anchor": text, "positive": name} for text, name in pairs.items()]
+    for name in module.__all__:
+        lines = inspect.getdoc(getattr(module, name)).splitlines()
+        said = next((line for line in lines if line and "(" not in line), "")
+        if len(said.split()) > 2:
+            pairs[said] = name.replace("_", " ")
+    return pairs
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cached", [False, True])
-def test_real_pairs_with_a_real_model(tmp_path, cached):
-    pass
+@pytest.mark.parametrize("loss", ["ranking", "cached"])
+def test_real_pairs_with_a_real_model(tmp_path, loss):
+    """scipy's docstrings find the names of what they describe, better after a few steps than before."""
+    model = SentenceTransformer(minilm_folder(), device="cpu")
+    pairs = documented_functions(scipy.special) | documented_functions(scipy.signal)
+    held_out = dict(list(pairs.items())[::4])
+    data = {said: name for said, name in pairs.items() if said not in held_out}
+    numbered = {str(i): said for i, said in enumerate(held_out)}
+    corpus = {str(i): name for i, name in enumerate(held_out.values())}
+    evaluator = InformationRetrievalEvaluator(numbered, corpus, {number: {number} for number in numbered}, name="names")
+    before = evaluator(model)[evaluator.primary_metric]
+    args = {"output_dir": str(tmp_path), "per_device_train_batch_size": 32, "learning_rate": 2e-5, "use_cpu": True}
+    trainer = XSAMSentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(**args, max_steps=12, report_to="none", save_strategy="no"),
+        train_dataset=Dataset.from_dict({"anchor": list(data), "positive": list(data.values())}),
+        loss=LOSSES[loss][0](model),
+        evaluator=evaluator,
+        xsam_config=XSAMConfig(rho=0.01, eigen_interval=4),
+    )
+    trainer.train()
+    after = trainer.evaluate()[f"eval_{evaluator.primary_metric}"]
+    print(len(data), len(held_out), before, after)
+    assert after > before + 0.01
