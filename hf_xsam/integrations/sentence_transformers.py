@@ -32,49 +32,65 @@ class XSAMSentenceTransformerTrainer(XSAMTrainerMixin, SentenceTransformerTraine
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        loss = self._loss_with_parameters()
-        if loss is not None and self.args.world_size > 1:
+        if self._parameters_of_losses() and self.args.world_size > 1:
             raise ValueError(
-                f"{type(loss).__name__} has trainable parameters of its own, whose gradients sentence-transformers "
-                f"does not average over the {self.args.world_size} processes. Train in one process, or freeze them "
-                "with requires_grad_(False)."
+                f"The loss has trainable parameters of its own, whose gradients sentence-transformers does not average "
+                f"over the {self.args.world_size} processes. Train in one process, or freeze them with "
+                "requires_grad_(False)."
             )
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute the stock loss; of the model given, which is without wrappers where it is differentiated twice."""
+        if not torch.is_grad_enabled():
+            return super().compute_loss(model, *args, **kwargs)
+        with self._losses_of(model), self._losses_frozen_to_measure():
+            return super().compute_loss(model, *args, **kwargs)
+
+    @contextmanager
+    def _losses_of(self, model: nn.Module) -> Iterator[None]:
+        parts = [part for loss in self._losses() for part in loss.modules()]
+        holders = [part for part in parts if getattr(part, "model", None) is self.model_wrapped is not model]
+        try:
+            for holder in holders:
+                holder.model = model
+            yield
+        finally:
+            for holder in holders:
+                holder.model = self.model_wrapped
+
+    @contextmanager
+    def _losses_frozen_to_measure(self) -> Iterator[None]:
+        # In evaluation mode, for nobody would clear the gradients that a measurement leaves in them.
+        frozen = [] if self.model.training else self._parameters_of_losses()
+        try:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+
+    def _losses(self) -> list[nn.Module]:
+        losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
+        return [loss for loss in losses if isinstance(loss, nn.Module)]  # others make one of the model of each run
+
+    def _parameters_of_losses(self) -> list[nn.Parameter]:
+        """Return the trainable parameters of the losses that are not the model's."""
+        known = {id(parameter) for parameter in self.model.parameters()}
+        parameters = (parameter for loss in self._losses() for parameter in loss.parameters())
+        return [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in known]
 
     def _get_collator_with_removed_columns(self, data_collator: Any, *args: Any, **kwargs: Any) -> Any:
         return data_collator  # as in sentence-transformers' data loaders: the collator chooses among the columns
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Compute the stock loss, of the model given: second derivatives take it without its wrappers."""
-        unwrapped = model is not self.model_wrapped and torch.is_grad_enabled()
-        with self._loss_of(model) if unwrapped else nullcontext():
-            return super().compute_loss(model, *args, **kwargs)
-
-    @contextmanager
-    def _loss_of(self, model: nn.Module) -> Iterator[None]:
-        losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
-        holders = [part for loss in losses for part in loss.modules() if hasattr(part, "model")]
-        held = [(holder, holder.model) for holder in holders if holder.model is self.model_wrapped]
-        try:
-            for holder, _ in held:
-                holder.model = model
-            yield
-        finally:
-            for holder, wrapped in held:
-                holder.model = wrapped
-
-    def _loss_with_parameters(self) -> nn.Module | None:
-        """Return the loss if it has trainable parameters that are not the model's."""
-        if not isinstance(self.loss, nn.Module):  # one of several, or not built yet
-            return None
-        known = {id(parameter) for parameter in self.model.parameters()}
-        own = any(p.requires_grad and id(p) not in known for p in self.loss.parameters())
-        return self.loss if own else None
+    def _steps_through_loss(self) -> bool:
+        return isinstance(self.loss, nn.Module) and bool(self._parameters_of_losses())
 
     def _unwrapped_model(self) -> nn.Module:
-        return self._loss_with_parameters() or super()._unwrapped_model()
+        return self.loss if self._steps_through_loss() else super()._unwrapped_model()
 
     def _begin_steps(self, kind: type[SharpnessAwareSteps] = SharpnessAwareSteps) -> SharpnessAwareSteps:
-        return super()._begin_steps(kind if self._loss_with_parameters() is None else _StepsOfLoss)
+        return super()._begin_steps(_StepsOfLoss if self._steps_through_loss() else kind)
 
 
 class _StepsOfLoss(SharpnessAwareSteps):

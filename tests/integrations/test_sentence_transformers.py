@@ -81,11 +81,11 @@ def embedder(folder):
     return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension())], device="cpu")
 
 
-def trained(folder, output, kind, loss, data, xsam_config=None, callback=False, resume=None, **overrides):
+def trained(folder, output, kind, loss, data, config=None, callback=False, resume=None, **overrides):
     values = {"output_dir": str(output), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     values |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     model = embedder(folder)
-    own = {} if kind is SentenceTransformerTrainer else {"xsam_config": xsam_config}
+    own = {} if kind is SentenceTransformerTrainer else {"xsam_config": config}
     trainer = kind(
         model=model,
         args=SentenceTransformerTrainingArguments(**{**values, **overrides}),
@@ -142,7 +142,8 @@ def test_a_cached_loss_has_the_curvature_of_the_loss_itself(folder, tmp_path):
         def in_float64(model, loss=loss):
             return loss(model.double())
 
-        trainer = trained(folder, tmp_path, XSAMSentenceTransformerTrainer, in_float64, data, XSAMConfig(**PLAIN))
+        still = {"config": XSAMConfig(**PLAIN), "learning_rate": 0.0, "max_steps": 1}
+        trainer = trained(folder, tmp_path, XSAMSentenceTransformerTrainer, in_float64, data, **still)
         found.append(trainer.top_eigenpair([batch_of(trainer)], iterations=10).eigenvalue)
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
