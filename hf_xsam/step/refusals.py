@@ -21,7 +21,10 @@ FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accele
 INSTEAD_OF_DEEPSPEED = f"To shard the model use FSDP2 ({FSDP2}); else DistributedDataParallel."
 
 # Those whose loss is a function of weights and batch alone.
-TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
+TRL_TRAINERS = (
+    *("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer"),
+    *("ORPOTrainer", "CPOTrainer", "TPOTrainer"),  # of trl.experimental
+)
 
 
 def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
@@ -91,7 +94,7 @@ def _refuse_unsupported_trl(trainer: "Trainer") -> None:
         raise ValueError(
             f"X-SAM does not support TRL's {method.__name__}, only {', '.join(TRL_TRAINERS)}: it runs each step "
             "several times on the same data, and a step that generates its data or updates a state gives another "
-            "result each time."
+            "result each time. Use TRL's own trainer, or generate the answers beforehand for one of these."
         )
 
 
