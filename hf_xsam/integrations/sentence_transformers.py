@@ -1,7 +1,7 @@
 """X-SAM in sentence-transformers' trainer: `XSAMSentenceTransformerTrainer`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class XSAMSentenceTransformerTrainer(XSAMTrainerMixin, SentenceTransformerTraine
         super().__init__(*args, **kwargs)
         if self._parameters_of_losses() and self.args.world_size > 1:
             raise ValueError(
-                f"The loss has trainable parameters of its own, whose gradients sentence-transformers does not average "
+                "The loss has trainable parameters of its own, whose gradients sentence-transformers does not average "
                 f"over the {self.args.world_size} processes. Train in one process, or freeze them with "
                 "requires_grad_(False)."
             )

@@ -2,10 +2,6 @@
 
 import sys
 import tempfile
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer
