@@ -61,7 +61,7 @@ class XSAMSentenceTransformerTrainer(XSAMTrainerMixin, SentenceTransformerTraine
     @contextmanager
     def _losses_frozen_to_measure(self) -> Iterator[None]:
         # In evaluation mode, for nobody would clear the gradients that a measurement leaves in them.
-        frozen = [] if self.model.training else self._parameters_of_losses()
+        frozen = [] if super()._unwrapped_model().training else self._parameters_of_losses()
         try:
             for parameter in frozen:
                 parameter.requires_grad_(False)
@@ -76,7 +76,7 @@ class XSAMSentenceTransformerTrainer(XSAMTrainerMixin, SentenceTransformerTraine
 
     def _parameters_of_losses(self) -> list[nn.Parameter]:
         """Return the trainable parameters of the losses that are not the model's."""
-        known = {id(parameter) for parameter in self.model.parameters()}
+        known = {id(parameter) for parameter in super()._unwrapped_model().parameters()}
         parameters = (parameter for loss in self._losses() for parameter in loss.parameters())
         return [parameter for parameter in parameters if parameter.requires_grad and id(parameter) not in known]
 
