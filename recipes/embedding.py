@@ -39,13 +39,16 @@ LOSSES = {
 }
 
 
+SCORE = "score"  # what sentence-transformers calls the column
+
+
 @dataclass
 class PairArguments(RecipeArguments):
     """The model, the pairs of texts, and the loss."""
 
     text_column: str = field(default="text", metadata={"help": "Column of the first text: the query."})
     text_pair_column: str = field(default="text_pair", metadata={"help": "Column of the second: what answers it."})
-    score_column: str = field(default="score", metadata={"help": "Column of how alike they are, for the cosent loss."})
+    score_column: str = field(default=SCORE, metadata={"help": "Column of how alike they are, for the cosent loss."})
     loss: Literal["cosent", "ranking", "cached_ranking"] = field(
         default="cosent", metadata={"help": "cosent for scored pairs; rankings take a batch's other texts as wrong."}
     )
@@ -71,7 +74,7 @@ def make_evaluator(
     """Return what scores the embeddings: how well they rank pairs, or find what answers a text among all answers."""
     first, second = split[recipe.text_column], split[recipe.text_pair_column]
     if recipe.loss == "cosent":
-        return EmbeddingSimilarityEvaluator(first, second, split[recipe.score_column], name=name)
+        return EmbeddingSimilarityEvaluator(first, second, split[SCORE], name=name)
     answers = {text: str(number) for number, text in enumerate(dict.fromkeys(second))}
     relevant: dict[str, set[str]] = {}
     for text, answer in zip(first, second, strict=True):
@@ -81,7 +84,7 @@ def make_evaluator(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Train, evaluate, save, and return the metrics of the closing table, with the evaluator's score before and after."""
+    """Train, evaluate, save, and return the metrics of the closing table and the evaluator's score before and after."""
     kinds = (PairArguments, SentenceTransformerTrainingArguments, XSAMConfig)
     recipe, args, xsam = parse_arguments(HfArgumentParser(kinds), argv)
     args.remove_unused_columns = False  # which is for columns that a model takes: here the collator takes them
@@ -93,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         used["score_column"] = recipe.score_column
     require_columns(splits["train"], **used)
     splits = splits.select_columns(list(used.values()))
+    if recipe.loss == "cosent" and recipe.score_column != SCORE:
+        splits = splits.rename_column(recipe.score_column, SCORE)
 
     model = SentenceTransformer(recipe.model_name_or_path or minilm_folder(), device=str(args.device))
     loss = LOSSES[recipe.loss](model)
