@@ -64,6 +64,8 @@ class XSAMTrainerMixin(_Trainer):
         self._xsam_advice = Advice(self.xsam_config)
         self._xsam_steps: SharpnessAwareSteps | None = None  # of a training, or of steps that are called without one
         refuse_unsupported(self, self.xsam_config)
+        if self.optimizer is not None:
+            refuse_optimizer(self.optimizer, self._unwrapped_model())
         if trainable_parameters(self._unwrapped_model()):  # a trainer of frozen weights may still evaluate
             self._refuse_empty_scopes()
         if self.args.push_to_hub:
@@ -103,9 +105,9 @@ class XSAMTrainerMixin(_Trainer):
             raise
         return loss
 
-    def _begin_steps(self) -> SharpnessAwareSteps:
+    def _begin_steps(self, kind: type[SharpnessAwareSteps] = SharpnessAwareSteps) -> SharpnessAwareSteps:
         config, state, model = self.xsam_config, self.xsam_state, self._unwrapped_model()
-        return SharpnessAwareSteps(config, state, self.accelerator, model, self.args, self.rows_are_examples)
+        return kind(config, state, self.accelerator, model, self.args, self.rows_are_examples)
 
     def _xsam_has_stepped(self) -> None:
         if self.accelerator.sync_gradients:
@@ -124,7 +126,8 @@ class XSAMTrainerMixin(_Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer, and refuse one that X-SAM cannot work with."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        refuse_optimizer(self)  # what it has set, for the Trainer leaves out what it returns
+        assert self.optimizer is not None  # which is what trains, for the Trainer leaves out what this returns
+        refuse_optimizer(self.optimizer, self._unwrapped_model())
         return optimizer
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

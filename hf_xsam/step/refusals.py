@@ -21,7 +21,10 @@ FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accele
 INSTEAD_OF_DEEPSPEED = f"To shard the model use FSDP2 ({FSDP2}); else DistributedDataParallel."
 
 # Those whose loss is a function of weights and batch alone.
-TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
+TRL_TRAINERS = (
+    *("SFTTrainer", "DPOTrainer", "KTOTrainer", "RewardTrainer"),
+    *("ORPOTrainer", "CPOTrainer", "TPOTrainer"),  # of trl.experimental
+)
 
 
 def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
@@ -33,8 +36,6 @@ def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if "lomo" in optim or optim.endswith("layerwise"):
         raise _steps_inside_backward(f"optim={optim!r}")
-    if trainer.optimizer is not None:
-        refuse_optimizer(trainer)
     if trainer.args.n_gpu > 1:
         raise ValueError(
             f"X-SAM does not support torch.nn.DataParallel, which Trainer uses for {trainer.args.n_gpu} GPUs in one "
@@ -93,22 +94,24 @@ def _refuse_unsupported_trl(trainer: "Trainer") -> None:
         raise ValueError(
             f"X-SAM does not support TRL's {method.__name__}, only {', '.join(TRL_TRAINERS)}: it runs each step "
             "several times on the same data, and a step that generates its data or updates a state gives another "
-            "result each time."
+            "result each time. Use TRL's own trainer, or generate the answers beforehand for one of these."
         )
 
 
-def refuse_optimizer(trainer: "Trainer") -> None:
-    """Raise where the trainer's optimizer steps within backward passes, or trains a loss's parameters too.
+def refuse_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise where the optimizer steps within backward passes, or trains more than the model.
+
+    Args:
+        optimizer: as the trainer has set it.
+        model: whose parameters X-SAM perturbs and corrects, without wrappers.
 
     Raises:
         ValueError: with what to do instead.
     """
-    assert trainer.optimizer is not None
-    assert isinstance(trainer.model, nn.Module)
-    if (name := type(trainer.optimizer).__name__) in STEPS_INSIDE_BACKWARD:
+    if (name := type(optimizer).__name__) in STEPS_INSIDE_BACKWARD:
         raise _steps_inside_backward(name)
-    known = {id(parameter) for parameter in trainer.model.parameters()}
-    trained = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    known = {id(parameter) for parameter in model.parameters()}
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if foreign := [parameter for parameter in trained if id(parameter) not in known]:
         raise ValueError(
             f"The optimizer trains {len(foreign)} parameters that do not belong to the model, the first of shape "

@@ -220,7 +220,9 @@ def test_a_method_that_generates_is_refused(model, tmp_path):
         pass
 
     args = settings(GRPOConfig, tmp_path, num_generations=2, eval_strategy="no")
-    with pytest.raises(ValueError, match="does not support TRL's GRPOTrainer, only SFTTrainer, DPOTrainer, Reward"):
+    with pytest.raises(
+        ValueError, match="does not support TRL's GRPOTrainer, only SFTTrainer, DPOTrainer, KTO.*beforehand"
+    ):
         Online(
             model=model,
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
