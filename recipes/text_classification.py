@@ -1,4 +1,4 @@
-"""Finetune a BERT-like encoder to classify texts, by the stock Trainer, SAM or X-SAM.
+"""Finetune a BERT-like encoder to classify texts or to predict a number for each, by the stock Trainer, SAM or X-SAM.
 
     python recipes/text_classification.py recipes/configs/movie_reviews.yaml --optimizer_mode sam
     accelerate launch recipes/text_classification.py --dataset_name stanfordnlp/imdb --model_name_or_path ...
@@ -7,39 +7,43 @@ Without a model and data set of yours: all-MiniLM-L6-v2 and movie reviews, both 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from common import (
-    RecipeArguments,
-    card_facts,
-    limited,
-    load_splits,
-    make_trainer,
-    parse_arguments,
-    train_and_report,
-    without_hidden_labels,
-)
+from arguments import RecipeArguments
+from closing import card_facts
+from common import make_trainer, run, train_and_report
 from embedded import MINILM, minilm_folder
+from loading import encoded, labelled, limited, load_splits, named_model
+from parsing import parse_arguments
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     EvalPrediction,
-    HfArgumentParser,
     TrainingArguments,
     set_seed,
 )
 
 from hf_xsam import XSAMConfig
 from hf_xsam.data.columns import TextColumns
+from hf_xsam.data.labels import Labels, Problem
 from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, load_movie_reviews
-from hf_xsam.data.splits import label_names
 
 
 @dataclass
 class TextArguments(TextColumns, RecipeArguments):
-    """The model, the data, and the columns of the texts and their labels."""
+    """The model, the data, the columns of the texts and their labels, and what the labels are."""
+
+    problem_type: Problem | None = field(
+        default=None,
+        metadata={
+            "help": "What the labels are. By default floats are numbers to predict, lists are sets of classes, and all "
+            "else is one class. Texts with several classes are split at semicolons, or else commas."
+        },
+    )
 
 
 def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
@@ -51,29 +55,63 @@ def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
     }
 
 
+def micro_and_macro_f1(prediction: EvalPrediction) -> dict[str, float]:
+    """Return F1 over all decisions alike, and its mean over the classes; a class with a logit above 0 is predicted."""
+    predicted = prediction.predictions > 0
+    return {
+        f"f1_{average}": float(f1_score(prediction.label_ids, predicted, average=average, zero_division=0))
+        for average in ("micro", "macro")
+    }
+
+
+def error_and_correlations(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the mean squared error, and the correlations of values and of ranks, which are 0 for a constant."""
+    predicted, wanted = prediction.predictions.squeeze(-1), prediction.label_ids
+    constant = np.ptp(predicted) == 0 or np.ptp(wanted) == 0
+    return {
+        "mse": float(np.mean((predicted - wanted) ** 2)),
+        "pearson": 0.0 if constant else float(pearsonr(predicted, wanted).statistic),
+        "spearman": 0.0 if constant else float(spearmanr(predicted, wanted).statistic),
+    }
+
+
+METRICS = {
+    "single_label_classification": accuracy_and_f1,
+    "multi_label_classification": micro_and_macro_f1,
+    "regression": error_and_correlations,
+}
+
+
+def head(labels: Labels) -> dict[str, Any]:
+    """Return the settings of a model's configuration that fit the labels."""
+    if labels.problem == "regression":
+        return {"problem_type": labels.problem, "num_labels": 1}
+    return {"problem_type": labels.problem, "id2label": dict(enumerate(labels.names)), "label2id": labels.number_of}
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save, and return the metrics of the closing table."""
-    recipe, args, xsam = parse_arguments(HfArgumentParser((TextArguments, TrainingArguments, XSAMConfig)), argv)
+    recipe, args, xsam = parse_arguments((TextArguments, TrainingArguments, XSAMConfig), argv)
     set_seed(args.seed)
     with args.main_process_first(desc="loading data"):
         splits = load_splits(recipe, load_movie_reviews)
-    names, number_of = label_names(splits["train"], recipe.label_column)
-    encode = recipe.text_encoder(splits["train"], number_of)
-    splits = limited(without_hidden_labels(splits, recipe.label_column, number_of), recipe)
+    for name, split in splits.items():
+        encode = recipe.text_encoder(split, recipe.source(name))
+    labels, splits = labelled(splits, recipe, recipe.label_column, recipe.problem_type)
+    splits = limited(splits, recipe)
 
     model_name = recipe.model_name_or_path or minilm_folder()
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        model_name,
-        dtype="float32",
-        ignore_mismatched_sizes=True,  # a classifier of other classes gets a new head
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-    )
+    with named_model(model_name):
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            model_name,
+            dtype="float32",
+            ignore_mismatched_sizes=True,  # a model of other classes gets a new head
+            **head(labels),
+        )
 
     with args.main_process_first(desc="tokenizing"):
-        options = {"tokenizer": tokenizer}
-        splits = splits.map(encode, fn_kwargs=options, batched=True, remove_columns=splits["train"].column_names)
+        splits = encoded(splits, encode, tokenizer=tokenizer)
 
     trainer = make_trainer(
         recipe,
@@ -83,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
-        compute_metrics=accuracy_and_f1,
+        compute_metrics=METRICS[labels.problem],
     )
     # The loss is a mean over each batch. The Trainer takes a `forward(**kwargs)` for one that is normalized over the
     # whole accumulated batch, and would multiply it by the number of micro-batches and of processes.
@@ -94,4 +132,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

