@@ -72,9 +72,12 @@ def labelled(
     if recipe.dataset_name and "test" in splits and lacks_labels(splits["test"], column):
         logger.warning("The test split is left out: it has no labels.")
         splits = DatasetDict({name: split for name, split in splits.items() if name != "test"})
-    splits = DatasetDict({name: with_targets(split, labels, recipe.source(name)) for name, split in splits.items()})
-    require_different_labels(splits["train"], labels, where)
-    return labels, splits
+    targets = {}
+    for name, split in splits.items():  # training data first
+        targets[name] = with_targets(split, labels, recipe.source(name))
+        if name == "train":
+            require_different_labels(targets[name], labels, where)
+    return labels, DatasetDict(targets)
 
 
 def limited(splits: DatasetDict, recipe: RecipeArguments) -> DatasetDict:

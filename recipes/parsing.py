@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from arguments import announce_processes, check_best_model, check_output_folder
@@ -76,7 +76,9 @@ def _converted(path: Path, key: str, value: Any, parser: HfArgumentParser) -> An
 
 
 def _types(parser: HfArgumentParser) -> Mapping[str, Any]:
-    return {spec.name: spec.type for kind in parser.dataclass_types for spec in fields(kind) if spec.init}
+    """Return the options' types as they are declared: the parser overwrites those of the fields."""
+    hints = [(kind, get_type_hints(kind)) for kind in parser.dataclass_types]
+    return {spec.name: types[spec.name] for kind, types in hints for spec in fields(kind) if spec.init}
 
 
 def _did_you_mean(name: Any, parser: HfArgumentParser) -> str:

@@ -20,6 +20,7 @@ FOLDER = "imagefolder"
 CSV_OPTIONS: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
 # pyarrow's words for a value that has another type than the rows before it.
 OTHER_TYPE = re.compile(r"Failed to parse string: '(?P<text>.*)' as|Float value (?P<float>\S+) was truncated")
+ROW_FROM_0 = re.compile(r"\.? in row \d+$")  # pyarrow's, of JSON
 # pandas' words, which count lines from 0.
 UNCLOSED = re.compile(r"Error tokenizing data. C error: EOF inside string starting at row (\d+)")
 
@@ -102,7 +103,9 @@ def _what_is_wrong(file: Path, kind: str, error: Exception) -> str:
         return f"is not UTF-8 in line {undecoded}: save it in that encoding."
     reason = UNCLOSED.sub(_unclosed_quote, one_line(error.__cause__ or error))
     line = LINES[kind](file, reason) if kind in LINES else None
-    return f"cannot be read{f' in line {line}' if line else ''}: {reason}"
+    if line is None:
+        return f"cannot be read: {reason}"
+    return f"cannot be read in line {line}: {ROW_FROM_0.sub('', reason)}"
 
 
 def _unclosed_quote(found: re.Match[str]) -> str:

@@ -117,9 +117,9 @@ def test_bad_yaml_is_refused(tmp_path, content, message):
 
 
 def test_wrong_columns_and_files_are_named(model_and_data):
-    with pytest.raises(ValueError, match="label_column is 'mark'; the data has review, verdict"):
+    with pytest.raises(ValueError, match=r"label_column is 'mark'; .*train\.csv has review, verdict"):
         text_classification.main(flags(model_and_data | {"label_column": "mark"}))
-    with pytest.raises(ValueError, match="text_column is 'text'; the data has review, verdict"):
+    with pytest.raises(ValueError, match=r"text_column is 'text'; .*train\.csv has review, verdict"):
         text_classification.main(flags(model_and_data | {"text_column": "text"}))
     with pytest.raises(ValueError, match="max_train_samples is 0; it must be at least 1, or left out"):
         text_classification.main(flags(model_and_data | {"max_train_samples": 0}))
@@ -127,14 +127,14 @@ def test_wrong_columns_and_files_are_named(model_and_data):
         text_classification.main(flags(model_and_data | {"train_file": "data.txt"}))
 
 
-def test_labels_of_held_out_data_that_are_no_class(model_and_data, tmp_path, caplog):
-    (tmp_path / "other.csv").write_text("review,verdict\ngood film,Yes\n")
-    short = {"max_steps": "1", "eigenvalue_samples": "0", "test_file": str(tmp_path / "other.csv")}
-    metrics = text_classification.main(flags(model_and_data | short))
-    assert not any(name.startswith("test_") for name in metrics)
-    assert "The test split is left out: its verdict has {'Yes'}, which is no class" in caplog.text
-    with pytest.raises(ValueError, match="Column 'verdict' holds 'Yes', which is not a class of the training data"):
-        text_classification.main(flags(model_and_data | {"validation_file": str(tmp_path / "other.csv")}))
+@pytest.mark.parametrize("option", ["validation_file", "test_file"])
+def test_a_label_of_held_out_data_that_is_no_class(model_and_data, tmp_path, option):
+    rows = ["good film,yes", "bad film,no"] * 10
+    rows[16] = "good film,Yes"
+    (tmp_path / "other.csv").write_text("\n".join(["review,verdict", *rows]))
+    message = r"'verdict' holds 'Yes' in row 17 of .*other\.csv, which is no class of .*train\.csv \(no, yes\): correct"
+    with pytest.raises(ValueError, match=message):
+        text_classification.main(flags(model_and_data | {option: str(tmp_path / "other.csv")}))
 
 
 def test_a_classifier_of_other_classes_gets_a_new_head(model_and_data):
