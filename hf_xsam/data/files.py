@@ -48,7 +48,11 @@ def load_file(path: str, option: str, folders: bool = False) -> DatasetDict:
         raise InputError(f"{named}, and there is no such file.")
     if file.is_file() and not file.stat().st_size:
         raise InputError(f"{named}, which is empty.")
-    options = CSV_OPTIONS | ({"sep": "\t"} if file.suffix.lower() == ".tsv" else {}) if kind == "csv" else {}
+    options: dict[str, Any] = CSV_OPTIONS if kind == "csv" else {}
+    if file.suffix.lower() == ".tsv":
+        options = options | {"sep": "\t"}
+    if kind == FOLDER and not any(file.rglob("metadata.*")):
+        options = {"drop_labels": False}  # or else a folder with one class would have no labels
     where = {"data_dir": path} if kind == FOLDER else {"data_files": {"train": path}}
     with _quiet():
         try:
