@@ -1,6 +1,5 @@
 """What the recipes share: the trainer for a mode, a run from training to the saved model, and how errors are said."""
 
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from closing import peak_main_memory_gib, print_table, save_model, top_eigenvalu
 from datasets import DatasetDict
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedConfig, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_xsam import XSAMConfig, XSAMTrainer
@@ -51,8 +50,10 @@ def make_trainer(
             return stock(**settings)
         sam = recipe.optimizer_mode == "sam"
         return ours(xsam_config=replace(xsam_config, alpha=0.0) if sam else xsam_config, **settings)
-    except HTTPError as error:
+    except (HTTPError, OSError) as error:
         args = settings["args"]
+        if not args.push_to_hub:
+            raise
         raise InputError(
             f"push_to_hub is true, and the repository {args.hub_model_id or Path(args.output_dir).name!r} cannot be "
             f"written: {one_line(error)}"
@@ -106,13 +107,13 @@ def train(trainer: Trainer) -> dict[str, float]:
         return trainer.train().metrics
     if str(resume).lower() == "true":  # as the command line gives it, where a folder's name may stand too
         resume = True
-    check_checkpoint(get_last_checkpoint(trainer.args.output_dir) if resume is True else resume, trainer)
     begun = Begun()
     trainer.add_callback(begun)
     try:
+        check_checkpoint(get_last_checkpoint(trainer.args.output_dir) if resume is True else resume, trainer)
         return trainer.train(resume_from_checkpoint=resume).metrics
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        if begun.yes:
+        if begun.yes or isinstance(error, InputError):
             raise
         raise InputError(f"resume_from_checkpoint is {str(resume)!r}, which does not fit: {one_line(error)}") from error
 
@@ -130,7 +131,7 @@ def check_checkpoint(folder: str | None, trainer: Trainer) -> None:
     """Raise an InputError for a checkpoint of another kind of model, of which the Trainer would load what it can."""
     config = Path(folder or "", "config.json")
     if folder and config.is_file():
-        saved, ours = json.loads(config.read_text()).get("model_type"), trainer.model.config.model_type
+        saved, ours = PreTrainedConfig.get_config_dict(folder)[0].get("model_type"), trainer.model.config.model_type
         if saved != ours:
             raise InputError(
                 f"resume_from_checkpoint is {folder!r}, a checkpoint of a {saved} model, and this one is a {ours}: "

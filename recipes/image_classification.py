@@ -19,6 +19,7 @@ from common import make_trainer, run, train_and_report
 from datasets import DatasetDict
 from loading import labelled, limited, load_splits, named_model
 from parsing import parse_arguments
+from problems import METRICS, LabelArguments, head
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ImageArguments(ImageColumns, RecipeArguments):
+class ImageArguments(LabelArguments, ImageColumns, RecipeArguments):
     """The model, the data, where the images are, and how they are varied."""
 
     train_dir: str | None = field(
@@ -98,24 +99,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         splits = load_splits(recipe, digits, folders=True)
     for name, split in splits.items():
         require_columns(split, recipe.source(name), image_column=recipe.image_column)
-    labels, splits = labelled(splits, recipe, recipe.label_column)
-    if labels.problem != "single_label_classification":
-        raise InputError(
-            f"label_column {recipe.label_column!r} holds numbers or lists: this recipe takes one class an image."
-        )
+    labels, splits = labelled(splits, recipe, recipe.label_column, recipe.problem_type)
     splits = limited(DatasetDict({name: with_rows(split) for name, split in splits.items()}), recipe)
     for name, split in splits.items():
         encode = recipe.image_encoder(split, recipe.source(name))
 
-    classes = {"id2label": dict(enumerate(labels.names)), "label2id": labels.number_of}
     if recipe.model_name_or_path:
         with named_model(recipe.model_name_or_path):
             processor = AutoImageProcessor.from_pretrained(recipe.model_name_or_path)
             model = AutoModelForImageClassification.from_pretrained(
-                recipe.model_name_or_path, dtype="float32", ignore_mismatched_sizes=True, **classes
+                recipe.model_name_or_path, dtype="float32", ignore_mismatched_sizes=True, **head(labels)
             )
     else:
-        model, processor = small_vit(**classes)
+        model, processor = small_vit(**head(labels))
 
     for name, split in splits.items():
         change = augment(recipe.augmentation if name == "train" else "none", processor)
@@ -129,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         processing_class=processor,
-        compute_metrics=accuracy,
+        compute_metrics=METRICS.get(labels.problem, accuracy),
     )
     # Some of these models' losses are normalized over the whole accumulated batch, some are means over each batch
     # whatever their `forward(**kwargs)` says. The mean, which all of them can give, is right for all.

@@ -7,86 +7,30 @@ Without a model and data set of yours: all-MiniLM-L6-v2 and movie reviews, both 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 from arguments import RecipeArguments
 from closing import card_facts
 from common import make_trainer, run, train_and_report
 from embedded import MINILM, minilm_folder
 from loading import encoded, labelled, limited, load_splits, named_model
 from parsing import parse_arguments
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score
+from problems import METRICS, LabelArguments, accuracy_and_f1, head
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    EvalPrediction,
     TrainingArguments,
     set_seed,
 )
 
 from hf_xsam import XSAMConfig
 from hf_xsam.data.columns import TextColumns
-from hf_xsam.data.labels import Labels, Problem
 from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, load_movie_reviews
 
 
 @dataclass
-class TextArguments(TextColumns, RecipeArguments):
+class TextArguments(LabelArguments, TextColumns, RecipeArguments):
     """The model, the data, the columns of the texts and their labels, and what the labels are."""
-
-    problem_type: Problem | None = field(
-        default=None,
-        metadata={
-            "help": "What the labels are. By default floats are numbers to predict, lists are sets of classes, and all "
-            "else is one class. Texts with several classes are split at semicolons, or else commas."
-        },
-    )
-
-
-def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
-    """Return accuracy and macro-averaged F1."""
-    predicted = np.argmax(prediction.predictions, axis=-1)
-    return {
-        "accuracy": float(accuracy_score(prediction.label_ids, predicted)),
-        "f1": float(f1_score(prediction.label_ids, predicted, average="macro")),
-    }
-
-
-def micro_and_macro_f1(prediction: EvalPrediction) -> dict[str, float]:
-    """Return F1 over all decisions alike, and its mean over the classes; a class with a logit above 0 is predicted."""
-    predicted = prediction.predictions > 0
-    return {
-        f"f1_{average}": float(f1_score(prediction.label_ids, predicted, average=average, zero_division=0))
-        for average in ("micro", "macro")
-    }
-
-
-def error_and_correlations(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the mean squared error, and the correlations of values and of ranks, which are 0 for a constant."""
-    predicted, wanted = prediction.predictions.squeeze(-1), prediction.label_ids
-    constant = np.ptp(predicted) == 0 or np.ptp(wanted) == 0
-    return {
-        "mse": float(np.mean((predicted - wanted) ** 2)),
-        "pearson": 0.0 if constant else float(pearsonr(predicted, wanted).statistic),
-        "spearman": 0.0 if constant else float(spearmanr(predicted, wanted).statistic),
-    }
-
-
-METRICS = {
-    "single_label_classification": accuracy_and_f1,
-    "multi_label_classification": micro_and_macro_f1,
-    "regression": error_and_correlations,
-}
-
-
-def head(labels: Labels) -> dict[str, Any]:
-    """Return the settings of a model's configuration that fit the labels."""
-    if labels.problem == "regression":
-        return {"problem_type": labels.problem, "num_labels": 1}
-    return {"problem_type": labels.problem, "id2label": dict(enumerate(labels.names)), "label2id": labels.number_of}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -121,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
-        compute_metrics=METRICS[labels.problem],
+        compute_metrics=METRICS.get(labels.problem, accuracy_and_f1),
     )
     # The loss is a mean over each batch. The Trainer takes a `forward(**kwargs)` for one that is normalized over the
     # whole accumulated batch, and would multiply it by the number of micro-batches and of processes.

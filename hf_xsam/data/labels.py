@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from datasets import ClassLabel, Dataset, LargeList, List
 
@@ -11,7 +11,6 @@ from . import TARGETS
 from .checks import InputError, require_columns, shown
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
-PROBLEMS = get_args(Problem)
 MEANT = {
     "single_label_classification": "a class",
     "multi_label_classification": "a list of classes",
@@ -187,8 +186,7 @@ def targets_of(values: Iterable[Any], labels: Labels, where: str) -> list[Any]:
         except (TypeError, ValueError) as error:
             raise InputError(
                 f"label_column {labels.column!r} holds {shown(value)} in row {row} of {where}, not "
-                f"{MEANT[labels.problem]}: correct the "
-                f"label, or name another problem_type than {labels.problem!r}."
+                f"{MEANT[labels.problem]}: correct the label, or name another problem_type than {labels.problem!r}."
             ) from error
         if isinstance(target, float) and not math.isfinite(target):
             raise InputError(

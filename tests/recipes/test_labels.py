@@ -6,8 +6,11 @@ from pathlib import Path
 
 import image_classification
 import numpy as np
+import problems
 import pytest
 import text_classification
+from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, EvalPrediction
 
@@ -125,13 +128,30 @@ def test_files_of_several_kinds_are_read_each_as_its_own(model_and_data, tmp_pat
 def test_metrics():
     wanted = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
     logits = np.array([[2.0, -1.0], [1.0, -1.0], [-1.0, -1.0], [3.0, -1.0]])
-    found = text_classification.micro_and_macro_f1(EvalPrediction(logits, wanted))
+    found = problems.micro_and_macro_f1(EvalPrediction(logits, wanted))
     assert found == pytest.approx({"f1_micro": 6 / 7, "f1_macro": 0.5})
     numbers, values = np.array([1.0, 2.0, 4.0], np.float32), np.array([[1.0], [2.0], [3.0]], np.float32)
-    found = text_classification.error_and_correlations(EvalPrediction(values, numbers))
+    found = problems.error_and_correlations(EvalPrediction(values, numbers))
     assert found == pytest.approx({"mse": 1 / 3, "pearson": 0.98198, "spearman": 1.0}, rel=1e-4)
-    found = text_classification.error_and_correlations(EvalPrediction(np.ones((3, 1)), numbers))
+    found = problems.error_and_correlations(EvalPrediction(np.ones((3, 1)), numbers))
     assert found == {"mse": pytest.approx(10 / 3), "pearson": 0.0, "spearman": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "metric"),
+    [
+        (Value("double"), [i / 20 for i in range(20)], "test_mse"),
+        (List(ClassLabel(names=["dark", "bright"])), [[i % 2] for i in range(19)] + [[0, 1]], "test_f1_micro"),
+    ],
+)
+def test_numbers_and_several_classes_of_images(images, tmp_path, feature, labels, metric):
+    rows = {"image": [np.full((16, 16), 10 * i, np.uint8) for i in range(20)], "label": labels}
+    Dataset.from_dict(rows, Features({"image": ImageFeature(), "label": feature})).to_parquet(tmp_path / "a.parquet")
+    files = {"train_dir": "", "train_file": str(tmp_path / "a.parquet"), "test_file": str(tmp_path / "a.parquet")}
+    model = test_image_classification.saved("vit", tmp_path / "vit")
+    metrics = image_classification.main(flags(images | model | files | {"max_steps": "2"}))
+    assert metric in metrics
+    assert metrics["top_eigenvalue"] != 0
 
 
 @pytest.mark.parametrize("option", ["train_dir", "train_file"])
