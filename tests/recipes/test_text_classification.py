@@ -33,6 +33,7 @@ def model_and_data(tmp_path):
     (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     BertTokenizerFast(str(model / "vocab.txt")).save_pretrained(model)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(vocab_size=13, **sizes)).save_pretrained(model)
     with data.open("w") as file:
         writer = csv.writer(file)
