@@ -154,8 +154,8 @@ def label_values(split: Dataset, column: str, problem: Problem | None = None) ->
 
 
 def lacks_labels(split: Dataset, column: str) -> bool:
-    """Return whether no row of a split has a label, as in test splits of the hub's benchmarks."""
-    return column not in split.column_names or all(value is None for value in label_values(split, column))
+    """Return whether no row of a split has a label, which the hub's benchmarks write as -1, for numbers too."""
+    return column not in split.column_names or all(value in (None, -1) for value in label_values(split, column))
 
 
 def with_targets(split: Dataset, labels: Labels, where: str) -> Dataset:

@@ -14,6 +14,7 @@ import pytest
 import text_classification
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard, constants
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
@@ -136,6 +137,19 @@ def test_a_label_of_held_out_data_that_is_no_class(model_and_data, tmp_path, opt
     message = r"'verdict' holds 'Yes' in row 17 of .*other\.csv, which is no class of .*train\.csv \(no, yes\): correct"
     with pytest.raises(ValueError, match=message):
         text_classification.main(flags(model_and_data | {option: str(tmp_path / "other.csv")}))
+
+
+def test_a_test_split_of_the_hub_without_numbers_is_left_out(model_and_data, tmp_path, caplog):
+    """As in GLUE's STS-B; a folder stands for a data set on the hub."""
+    for name, scores in (("train", [0.5, 1.5] * 10), ("test", [-1.0] * 4)):
+        rows = {"review": ["good film"] * len(scores), "verdict": scores}
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        Dataset.from_dict(rows).to_parquet(tmp_path / "hub" / f"{name}.parquet")
+    options = {"dataset_name": str(tmp_path / "hub"), "train_file": "", "test_file": "", "max_steps": "1"}
+    metrics = text_classification.main(flags(model_and_data | options))
+    assert "eval_mse" in metrics
+    assert "test_mse" not in metrics
+    assert "The test split is left out: it has no labels." in caplog.text
 
 
 def test_a_classifier_of_other_classes_gets_a_new_head(model_and_data):
