@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from hf_xsam.data.checks import InputError, one_line
+from hf_xsam.data.checks import InputError
 
 SPLITS = ("train", "validation", "test")
 SMALLER_IS_BETTER = ("perplexity", "mse")  # of the recipes' metrics; Transformers knows it of losses alone
@@ -92,7 +92,9 @@ def check_output_folder(folder: str) -> None:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise InputError(f"output_dir is {folder!r}, which cannot be written: {one_line(error)}.") from error
+        raise InputError(
+            f"output_dir is {folder!r}, and {str(nearest)!r} cannot be written: {error.strerror}."
+        ) from error
 
 
 def announce_processes(args: TrainingArguments) -> None:

@@ -187,7 +187,7 @@ def test_yaml_values_become_their_options_type(tmp_path):
 def test_an_output_folder_that_cannot_be_written(texts, tmp_path):
     (tmp_path / "file").write_text("")
     said = refused(text_classification, texts | {"output_dir": tmp_path / "file" / "output"})
-    assert re.search("output_dir is '.*file/output', which cannot be written: .*Not a directory", said)
+    assert re.search("output_dir is '.*file/output', and '.*file' cannot be written: Not a directory", said)
 
 
 def test_checkpoints_that_do_not_fit(texts, tmp_path):
