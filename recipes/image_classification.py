@@ -13,22 +13,17 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from common import (
-    RecipeArguments,
-    card_facts,
-    limited,
-    load_splits,
-    make_trainer,
-    parse_arguments,
-    train_and_report,
-    without_hidden_labels,
-)
-from datasets import load_dataset
+from arguments import SPLITS, RecipeArguments
+from closing import card_facts
+from common import make_trainer, run, train_and_report
+from datasets import DatasetDict
+from loading import labelled, limited, load_splits, named_model
+from parsing import parse_arguments
+from problems import METRICS, LabelArguments, head
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
-    HfArgumentParser,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -37,22 +32,34 @@ from transformers import (
 )
 
 from hf_xsam import XSAMConfig
+from hf_xsam.data.checks import InputError, require_columns, with_rows
 from hf_xsam.data.columns import ImageColumns
 from hf_xsam.data.digits import digits
-from hf_xsam.data.splits import label_names
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ImageArguments(ImageColumns, RecipeArguments):
+class ImageArguments(LabelArguments, ImageColumns, RecipeArguments):
     """The model, the data, where the images are, and how they are varied."""
 
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one folder of images a class."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder with one folder of images a class, to train on."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "Such a folder to evaluate on."})
+    test_dir: str | None = field(default=None, metadata={"help": "Such a folder for the final test."})
     augmentation: Literal["none", "crop", "crop_and_flip"] = field(
         default="crop_and_flip",
         metadata={"help": "Random changes of training images, where torchvision is installed."},
     )
+
+    def files(self) -> dict[str, str]:
+        """Return the local files and folders, by their options."""
+        folders = {option: path for split in SPLITS if (path := getattr(self, option := f"{split}_dir"))}
+        for option in folders:
+            if getattr(self, other := option.replace("_dir", "_file")):
+                raise InputError(f"{option} and {other} are both set: name one of them.")
+        return super().files() | folders
 
 
 def small_vit(**labels: Any) -> tuple[ViTForImageClassification, ViTImageProcessor]:
@@ -85,24 +92,26 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save, and return the metrics of the closing table."""
-    recipe, args, xsam = parse_arguments(HfArgumentParser((ImageArguments, TrainingArguments, XSAMConfig)), argv)
+    recipe, args, xsam = parse_arguments((ImageArguments, TrainingArguments, XSAMConfig), argv)
     args.remove_unused_columns = False  # the image column is not the model's, but becomes its pixels on the way
     set_seed(args.seed)
     with args.main_process_first(desc="loading data"):
-        embedded = (lambda: load_dataset("imagefolder", data_dir=recipe.train_dir)) if recipe.train_dir else digits
-        splits = load_splits(recipe, embedded)
-    names, number_of = label_names(splits["train"], recipe.label_column)
-    encode = recipe.image_encoder(splits["train"], number_of)
-    splits = limited(without_hidden_labels(splits, recipe.label_column, number_of), recipe)
+        splits = load_splits(recipe, digits, folders=True)
+    for name, split in splits.items():
+        require_columns(split, recipe.source(name), image_column=recipe.image_column)
+    labels, splits = labelled(splits, recipe, recipe.label_column, recipe.problem_type)
+    splits = limited(DatasetDict({name: with_rows(split) for name, split in splits.items()}), recipe)
+    for name, split in splits.items():
+        encode = recipe.image_encoder(split, recipe.source(name))
 
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if recipe.model_name_or_path:
-        processor = AutoImageProcessor.from_pretrained(recipe.model_name_or_path)
-        model = AutoModelForImageClassification.from_pretrained(
-            recipe.model_name_or_path, dtype="float32", ignore_mismatched_sizes=True, **labels
-        )
+        with named_model(recipe.model_name_or_path):
+            processor = AutoImageProcessor.from_pretrained(recipe.model_name_or_path)
+            model = AutoModelForImageClassification.from_pretrained(
+                recipe.model_name_or_path, dtype="float32", ignore_mismatched_sizes=True, **head(labels)
+            )
     else:
-        model, processor = small_vit(**labels)
+        model, processor = small_vit(**head(labels))
 
     for name, split in splits.items():
         change = augment(recipe.augmentation if name == "train" else "none", processor)
@@ -116,15 +125,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         processing_class=processor,
-        compute_metrics=accuracy,
+        compute_metrics=METRICS.get(labels.problem, accuracy),
     )
     # Some of these models' losses are normalized over the whole accumulated batch, some are means over each batch
     # whatever their `forward(**kwargs)` says. The mean, which all of them can give, is right for all.
     trainer.model_accepts_loss_kwargs = False
-    data = recipe.train_dir or "digits (scikit-learn)"
+    data = "digits (scikit-learn)"
     card = card_facts(recipe, "image-classification", None, data)
     return train_and_report(trainer, recipe, xsam, splits, data, **card)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common import RecipeArguments
+from arguments import RecipeArguments
 from embedded import smollm2_folder
+from loading import named_model
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_xsam.data.checks import require_end_of_text
 
 
 @dataclass
@@ -27,12 +30,19 @@ class LanguageModelArguments(RecipeArguments):
 
 
 def load_model(recipe: LanguageModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model named, or SmolLM2, and its tokenizer, which then can pad."""
+    """Load the model named, or SmolLM2, and its tokenizer, which then can pad.
+
+    Raises:
+        InputError: if they cannot be loaded, or the tokenizer has no end-of-sequence token.
+    """
     name = recipe.model_name_or_path or smollm2_folder()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    with named_model(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        require_end_of_text(tokenizer, name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=recipe.dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(name, dtype=recipe.dtype), tokenizer
+    return model, tokenizer
 
 
 def lora_config(recipe: LanguageModelArguments) -> LoraConfig | None:

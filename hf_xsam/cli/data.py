@@ -1,13 +1,12 @@
 """The data that a saved model's sharpness is measured on: what the options name, in the form that the model takes."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Dataset, DatasetDict
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -19,8 +18,11 @@ from transformers import (
     default_data_collator,
 )
 
+from ..data.checks import InputError, require_columns, with_rows
 from ..data.columns import ImageColumns, LanguageColumns, TextColumns
-from ..data.splits import FILE_KINDS, chosen, label_names, load_files, with_validation
+from ..data.files import FILE_KINDS, load_file, load_hub
+from ..data.labels import Labels, Problem, natural_problem, read_labels, with_targets
+from ..data.splits import chosen, with_validation
 from ..step.refusals import first_line
 from .saved_model import SavedModel
 
@@ -68,15 +70,14 @@ def load_split(data: DataArguments) -> Dataset:
     name = data.dataset
     if name in EMBEDDED:
         splits = with_validation(embedded(name))
-    elif Path(name).suffix in FILE_KINDS:
-        if not Path(name).is_file():
-            raise ValueError(f"dataset is {name!r}, and there is no such file.")
-        splits = _loaded(name, lambda: load_files({"train": name}, "dataset"))
+    elif Path(name).suffix.lower() in FILE_KINDS:
+        splits = load_file(name, "dataset")
     else:
-        found = _loaded(name, lambda: load_dataset(name, data.dataset_config))
+        instead = f"It must be {', '.join(EMBEDDED)}, a {', '.join(FILE_KINDS)} file, or a data set on the hub."
+        found = load_hub(name, data.dataset_config, "dataset", instead)
         splits = DatasetDict({**found, **with_validation(found)})
     if data.split not in splits:
-        raise ValueError(f"split is {data.split!r}; {name} has {', '.join(splits)}.")
+        raise InputError(f"split is {data.split!r}; {name} has {', '.join(splits)}.")
     return splits[data.split]
 
 
@@ -102,12 +103,12 @@ def prepare(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.
 
 
 def prepare_texts(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.Module, DataLoader]:
-    """Return a text classifier, and batches of texts with their classes."""
-    number_of = class_numbers(split, data.label_column, saved)
-    encode = data.text_encoder(split, number_of)
+    """Return a model of texts' classes or of a number, and batches of texts with their labels."""
+    labels = labels_for(saved, split, data)
+    encode = data.text_encoder(split, data.dataset)
     tokenizer = load_tokenizer(saved)
-    sample = tokenized(chosen(split, data.samples), encode, tokenizer)
-    model = load_classifier(saved, number_of)
+    sample = tokenized(chosen(with_targets(split, labels, data.dataset), data.samples), encode, tokenizer)
+    model = load_classifier(saved, labels)
     # Language models find the end of a text by the padding token.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model, DataLoader(sample, data.batch_size, collate_fn=DataCollatorWithPadding(tokenizer))
@@ -115,17 +116,18 @@ def prepare_texts(saved: SavedModel, split: Dataset, data: DataArguments) -> tup
 
 def prepare_images(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.Module, DataLoader]:
     """Return an image classifier, and batches of images with their classes."""
-    number_of = class_numbers(split, data.label_column, saved)
-    encode = data.image_encoder(split, number_of)
+    labels = labels_for(saved, split, data)
+    require_columns(split, data.dataset, image_column=data.image_column)
+    rows = chosen(with_rows(with_targets(split, labels, data.dataset)), data.samples)
+    encode = data.image_encoder(rows, data.dataset)
     processor = _from_either(AutoImageProcessor, saved, "image processor")
-    sample = chosen(split, data.samples).with_transform(partial(encode, processor=processor))
-    dataloader = DataLoader(sample, data.batch_size, collate_fn=default_data_collator)
-    return load_classifier(saved, number_of), dataloader
+    sample = rows.with_transform(partial(encode, processor=processor))
+    return load_classifier(saved, labels), DataLoader(sample, data.batch_size, collate_fn=default_data_collator)
 
 
 def prepare_language(saved: SavedModel, split: Dataset, data: DataArguments) -> tuple[nn.Module, DataLoader]:
     """Return a causal language model, and batches of texts or chats, or of completions of prompts."""
-    encode = data.language_encoder(split)
+    encode = data.language_encoder(split, data.dataset)
     tokenizer = load_tokenizer(saved)
     sample = tokenized(chosen(split, data.samples), encode, tokenizer)
     return saved.load(), DataLoader(sample, data.batch_size, collate_fn=DataCollatorForSeq2Seq(tokenizer))
@@ -136,41 +138,53 @@ def tokenized(sample: Dataset, encode: Callable[..., dict[str, list]], tokenizer
     return sample.map(encode, fn_kwargs={"tokenizer": tokenizer}, batched=True, remove_columns=sample.column_names)
 
 
-def class_numbers(split: Dataset, column: str, saved: SavedModel) -> dict[Any, int]:
-    """Return the model's class number for each value of the label column.
+def labels_for(saved: SavedModel, split: Dataset, data: DataArguments) -> Labels:
+    """Return what the label column means for the model: its classes, one or several a row, or a number.
 
     Classes are matched by their names, or by their order if the model has other names for as many classes.
     """
-    names, number_of = label_names(split, column)
-    if hidden := sorted(set(split.unique(column)) - number_of.keys()):
-        raise ValueError(f"label_column {column!r} has {hidden}, which is not a class: choose a split with labels.")
+    column = data.label_column
+    found = read_labels(split, column, data.dataset, problem_of(saved, split, data))
+    if found.problem == "regression":
+        return found
     label2id = saved.config.label2id or {}
     for spelled in (str, str.casefold):
         known = {spelled(name): int(number) for name, number in label2id.items()}
-        if len(known) == len(label2id) and known.keys() >= set(map(spelled, names)):
-            return {value: known[spelled(name)] for value, name in zip(number_of, names, strict=True)}
+        ours = {spelled(name): name for name in found.names}
+        if len(known) == len(label2id) and len(ours) == len(found.names) and known.keys() >= ours.keys():
+            return replace(found, names=[ours.get(name, name) for name in sorted(known, key=known.__getitem__)])
     # The number of an adapter's classes is known only once it is loaded.
-    if saved.base is None and len(names) != saved.config.num_labels:
-        raise ValueError(
-            f"label_column {column!r} has {len(names)} classes, and the model has {saved.config.num_labels}: measure "
-            "it on the kind of data that it was trained on."
+    if saved.base is None and len(found.names) != saved.config.num_labels:
+        raise InputError(
+            f"label_column {column!r} has {len(found.names)} classes, and the model has {saved.config.num_labels}: "
+            "measure it on the kind of data that it was trained on."
         )
     # LABEL_0 is what transformers calls a class without a name.
     if saved.base is None and not any(name.startswith("LABEL_") for name in label2id):
         in_order = sorted(label2id, key=label2id.__getitem__)
-        by_order = ", ".join(f"{name} as {known}" for name, known in zip(names, in_order, strict=True))
+        by_order = ", ".join(f"{name} as {known}" for name, known in zip(found.names, in_order, strict=True))
         print(
             f"The model's classes have other names than those of label_column {column!r}; they are matched in order: "
             f"{by_order}."
         )
-    return number_of
+    return found
 
 
-def load_classifier(saved: SavedModel, number_of: Mapping[Any, int]) -> Any:
-    """Return a classifier; an adapter's base model gets a head for the data's classes, which the adapter fills."""
+def problem_of(saved: SavedModel, split: Dataset, data: DataArguments) -> Problem:
+    """Return what the model was trained for, or for an adapter what the label column's type says."""
+    if saved.config.problem_type:
+        return saved.config.problem_type
+    if saved.base is not None:
+        return natural_problem(split, data.label_column, data.dataset)
+    return "regression" if saved.config.num_labels == 1 else "single_label_classification"
+
+
+def load_classifier(saved: SavedModel, labels: Labels) -> Any:
+    """Return a classifier; an adapter's base model gets a head for the data's labels, which the adapter fills."""
     if saved.base is None:
         return saved.load()
-    return saved.load(num_labels=len(number_of), ignore_mismatched_sizes=True)
+    settings = {"num_labels": len(labels.names) or 1, "problem_type": labels.problem}
+    return saved.load(**settings, ignore_mismatched_sizes=True)
 
 
 def load_tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase:
@@ -179,16 +193,6 @@ def load_tokenizer(saved: SavedModel) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _loaded(name: str, load: Any) -> DatasetDict:
-    try:
-        return load()
-    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"dataset is {name!r}, which cannot be loaded ({first_line(error)}). It must be "
-            f"{', '.join(EMBEDDED)}, a {', '.join(FILE_KINDS)} file, or a data set on the hub."
-        ) from error
 
 
 def _from_either(kind: Any, saved: SavedModel, what: str) -> Any:

@@ -4,3 +4,4 @@ Its modules need `pip install 'hf_xsam[tools]'`.
 """
 
 IGNORED = -100  # the label of tokens that transformers' losses leave out
+TARGETS = "labels"  # the column of what a model is trained on

@@ -3,45 +3,45 @@
 There is a class for each kind of data. Its method returns the function that encodes the columns named.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from datasets import Dataset
 
+from .checks import InputError, require_columns, require_images, require_texts
 from .encoding import encode_images, encode_language, encode_texts
-from .splits import require_columns
 
 MESSAGES = "messages"  # what the column of conversations is called in TRL's formats
 
 
 @dataclass
 class TextColumns:
-    """The columns of texts, or of pairs of them, and of their classes."""
+    """The columns of texts, or of pairs of them, and of their labels."""
 
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     text_pair_column: str | None = field(default=None, metadata={"help": "Column of a second text, if any."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label: an integer or a string."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label."})
     max_length: int = field(default=128, metadata={"help": "Maximum number of tokens; longer texts are truncated."})
 
-    def text_encoder(self, split: Dataset, number_of: Mapping[Any, int]) -> Callable[..., dict[str, list]]:
-        """Return what turns a batch of texts, with `tokenizer` given by name, into tokens and numbers of classes.
+    def text_encoder(self, split: Dataset, where: str = "the data") -> Callable[..., dict[str, list]]:
+        """Return what turns a batch of texts and `labels`, with `tokenizer` given by name, into tokens and labels.
 
         Args:
             split: data whose columns are to be read.
-            number_of: the number of the class that each value of the label column is.
+            where: names its file, for errors.
 
         Raises:
-            ValueError: if the split lacks a column.
+            InputError: if the split lacks a column, or a row a text.
         """
-        require_columns(split, text_column=self.text_column, text_pair_column=self.text_pair_column or None)
+        columns = [self.text_column, self.text_pair_column] if self.text_pair_column else [self.text_column]
+        require_columns(split, where, text_column=self.text_column, text_pair_column=self.text_pair_column or None)
+        require_texts(split, where, *columns)
         return partial(
             encode_texts,
             text_column=self.text_column,
             text_pair_column=self.text_pair_column,
-            label_column=self.label_column,
-            number_of=number_of,
             max_length=self.max_length,
         )
 
@@ -53,20 +53,19 @@ class ImageColumns:
     image_column: str = field(default="image", metadata={"help": "Column of the image."})
     label_column: str = field(default="label", metadata={"help": "Column of the label: an integer or a string."})
 
-    def image_encoder(self, split: Dataset, number_of: Mapping[Any, int]) -> Callable[..., dict[str, Any]]:
-        """Return what turns a batch of images, with `processor` given by name, into pixels and numbers of classes.
+    def image_encoder(self, split: Dataset, where: str = "the data") -> Callable[..., dict[str, Any]]:
+        """Return what turns a batch of images and `labels`, with `processor` given by name, into pixels and labels.
 
         Args:
-            split: data whose columns are to be read.
-            number_of: the number of the class that each value of the label column is.
+            split: data whose columns are to be read, among them that of `with_rows`.
+            where: names its file or folder, for errors.
 
         Raises:
-            ValueError: if the split lacks a column.
+            InputError: if the split lacks a column, or a row an image that can be read.
         """
-        require_columns(split, image_column=self.image_column)
-        return partial(
-            encode_images, image_column=self.image_column, label_column=self.label_column, number_of=number_of
-        )
+        require_columns(split, where, image_column=self.image_column)
+        require_images(split, where, self.image_column)
+        return partial(encode_images, image_column=self.image_column)
 
 
 @dataclass
@@ -90,11 +89,12 @@ class LanguageColumns:
     )
     max_length: int = field(default=512, metadata={"help": "Maximum number of tokens; longer texts are truncated."})
 
-    def language_encoder(self, split: Dataset) -> Callable[..., dict[str, list]]:
+    def language_encoder(self, split: Dataset, where: str = "the data") -> Callable[..., dict[str, list]]:
         """Return what turns a batch of texts or messages, with `tokenizer` given by name, into tokens and labels.
 
         Raises:
-            ValueError: if the split lacks a column, or has prompts and completions that were not asked for.
+            InputError: if the split lacks a column, has prompts and completions that were not asked for, or has a row
+                without texts or messages.
         """
         options = ("prompt_column", "completion_column") if self.completion_only_loss else ("text_column",)
         columns = {option: getattr(self, option) for option in options}
@@ -103,6 +103,7 @@ class LanguageColumns:
             if MESSAGES in names:
                 columns["text_column"] = MESSAGES
             elif self.prompt_column in names and self.completion_column in names:
-                raise ValueError("The data has prompts and completions, and no texts: pass completion_only_loss.")
-        require_columns(split, **columns)
+                raise InputError("The data has prompts and completions, and no texts: pass completion_only_loss.")
+        require_columns(split, where, **columns)
+        require_texts(split, where, *columns.values(), messages=True)
         return partial(encode_language, columns=tuple(columns.values()), max_length=self.max_length)

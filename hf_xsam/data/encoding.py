@@ -5,10 +5,10 @@ from itertools import chain, takewhile
 from typing import Any
 
 from jinja2 import TemplateError
-from PIL.Image import Image
 from transformers import PreTrainedTokenizerBase
 
-from . import IGNORED
+from . import IGNORED, TARGETS
+from .checks import InputError, is_messages, require_end_of_text, shown
 
 
 def encode_texts(
@@ -16,33 +16,24 @@ def encode_texts(
     tokenizer: PreTrainedTokenizerBase,
     text_column: str,
     text_pair_column: str | None,
-    label_column: str,
-    number_of: Mapping[Any, int],
     max_length: int,
 ) -> dict[str, list]:
-    """Tokenize texts, or pairs of texts, truncated to `max_length`, and add the number of their class as `labels`."""
+    """Tokenize texts, or pairs of texts, truncated to `max_length`; `labels` stay as they are."""
     texts = [_texts(batch, column) for column in (text_column, text_pair_column) if column]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-    return {**encoded, "labels": _numbers(batch, label_column, number_of)}
+    return {**encoded, TARGETS: batch[TARGETS]}
 
 
 def encode_images(
     batch: Mapping[str, list],
     processor: Any,
     image_column: str,
-    label_column: str,
-    number_of: Mapping[Any, int],
     change: Callable[[Any], Any] = lambda image: image,
 ) -> dict[str, Any]:
-    """Return the pixels of images, after `change`, and the number of their class as `labels`."""
-    if wrong := [image for image in batch[image_column] if not isinstance(image, Image)]:
-        raise ValueError(
-            f"Column {image_column!r} holds a {type(wrong[0]).__name__}, not an image: remove such rows, or cast a "
-            "column of paths with cast_column(..., datasets.Image())."
-        )
+    """Return the pixels of images, after `change`; `labels` stay as they are."""
     images = [change(image.convert("RGB")) for image in batch[image_column]]
     pixels = processor(images, return_tensors="pt")["pixel_values"]
-    return {"pixel_values": pixels, "labels": _numbers(batch, label_column, number_of)}
+    return {"pixel_values": pixels, TARGETS: batch[TARGETS]}
 
 
 def encode_language(
@@ -64,7 +55,8 @@ def encode_language(
         max_length: maximum number of tokens in a row; None does not truncate.
 
     Raises:
-        ValueError: for a row that is neither, and messages without a chat template or that it does not take.
+        InputError: for a row that is neither, messages without a chat template or that it does not take, and texts
+            without an end-of-sequence token.
     """
     tokenize = _tokenized_messages if isinstance(batch[columns[0]][0], list) else _tokenized_texts
     rows, starts = tokenize(batch, tokenizer, columns)
@@ -82,6 +74,7 @@ def _tokenized_texts(
     batch: Mapping[str, list], tokenizer: PreTrainedTokenizerBase, columns: tuple[str, ...]
 ) -> tuple[list[list[int]], list[int]]:
     """Return the tokens of each row, of all its columns, and how many of them are before the last column's."""
+    require_end_of_text(tokenizer, tokenizer.name_or_path)
     end = [tokenizer.eos_token_id]
     first = tokenizer(_texts(batch, columns[0]))["input_ids"]
     if len(columns) == 1:
@@ -96,7 +89,7 @@ def _tokenized_messages(
 ) -> tuple[list[list[int]], list[int]]:
     """Return the same of rows of messages; the template's opening of the answer counts for the prompt."""
     if tokenizer.chat_template is None:
-        raise ValueError(
+        raise InputError(
             f"Column {columns[0]!r} holds messages, and the tokenizer has no chat template: use a chat model, set "
             "tokenizer.chat_template and save it, or choose a column of texts."
         )
@@ -107,7 +100,7 @@ def _tokenized_messages(
             return rows, [0] * len(rows)
         prompts = _through_template(tokenizer, parts[0], add_generation_prompt=True)
     except TemplateError as error:
-        raise ValueError(f"Column {columns[0]!r} holds messages that the chat template refuses: {error}") from error
+        raise InputError(f"Column {columns[0]!r} holds messages that the chat template refuses: {error}") from error
     return rows, [_shared(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
 
 
@@ -120,20 +113,14 @@ def _shared(one: list[int], other: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _numbers(batch: Mapping[str, list], column: str, number_of: Mapping[Any, int]) -> list[int]:
-    if wrong := [value for value in batch[column] if value not in number_of]:
-        raise ValueError(f"Column {column!r} holds {wrong[0]!r}, which is not a class of the training data.")
-    return [number_of[value] for value in batch[column]]
-
-
 def _messages(batch: Mapping[str, list], column: str) -> list[list[dict]]:
     for row in batch[column]:
-        if not (isinstance(row, list) and row and all(isinstance(each, dict) and "role" in each for each in row)):
-            raise ValueError(f"Column {column!r} holds {row!r}, not messages with a role: remove such rows.")
+        if not is_messages(row):
+            raise InputError(f"Column {column!r} holds {shown(row)}, not messages with a role: remove such rows.")
     return batch[column]
 
 
 def _texts(batch: Mapping[str, list], column: str) -> list[str]:
     if wrong := [text for text in batch[column] if not isinstance(text, str)]:
-        raise ValueError(f"Column {column!r} holds {wrong[0]!r}, not a text: remove such rows.")
+        raise InputError(f"Column {column!r} holds {shown(wrong[0])}, not a text: remove such rows.")
     return batch[column]

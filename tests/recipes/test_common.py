@@ -1,4 +1,4 @@
-"""What all recipes share, each on a tiny model: the top eigenvalue at the end."""
+"""What all recipes share, each on a tiny model: the top eigenvalue at the end, and early stopping."""
 
 import causal_lm
 import image_classification
@@ -56,3 +56,14 @@ def test_the_top_eigenvalue_is_that_of_the_first_examples(recipe, options, mode,
     tolerance = 2e-2 if recipe is sft else 2e-3  # TRL's head has finite differences alone
     assert metrics["top_eigenvalue"] == pytest.approx(found.eigenvalues[0], rel=tolerance)
     assert 0 < metrics["top_eigenvalue_residual"] <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["trainer", "xsam"])
+def test_early_stopping(recipe, options, trainers, mode):
+    """With a threshold that nothing reaches, training ends after the first evaluation that can be compared."""
+    del options["max_steps"]
+    each = {"eval_strategy": "steps", "eval_steps": "2", "save_strategy": "steps", "save_steps": "2"}
+    stopping = {"load_best_model_at_end": "true", "early_stopping_patience": "1", "early_stopping_threshold": "1e9"}
+    recipe.main(flags(options | each | stopping | {"optimizer_mode": mode}))
+    (trainer,) = trainers
+    assert trainer.state.global_step == 4

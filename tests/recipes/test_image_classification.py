@@ -105,16 +105,22 @@ def test_augmentation_is_torchvisions_where_installed(monkeypatch, caplog):
     assert image_classification.augment("crop_and_flip", processor) == [("crop", (16, 16)), "flip"]
 
 
-def test_a_test_split_without_labels_is_left_out(options, tmp_path):
+def test_a_test_split_of_the_hub_without_labels_is_left_out(options, tmp_path, caplog):
+    """A folder stands for a data set on the hub, which is laid out in the same way."""
     feature = Features({"image": ImageFeature(), "label": ClassLabel(names=["dark", "bright"])})
     images = [np.full((16, 16), level, np.uint8) for level in (60, 180)] * 10
+    (tmp_path / "hub").mkdir()
     for name, labels in (("train", [0, 1] * 10), ("test", [-1] * 20)):
-        Dataset.from_dict({"image": images, "label": labels}, feature).to_parquet(tmp_path / f"{name}.parquet")
-    files = {f"{name}_file": str(tmp_path / f"{name}.parquet") for name in ("train", "test")}
+        Dataset.from_dict({"image": images, "label": labels}, feature).to_parquet(tmp_path / "hub" / f"{name}.parquet")
     del options["train_dir"]
-    metrics = image_classification.main(flags(options | files | saved("vit", tmp_path / "vit")))
+    model = saved("vit", tmp_path / "vit")
+    metrics = image_classification.main(flags(options | model | {"dataset_name": str(tmp_path / "hub")}))
     assert "eval_accuracy" in metrics
     assert "test_accuracy" not in metrics
+    assert "The test split is left out: it has no labels." in caplog.text
+    file = {"train_file": str(tmp_path / "hub" / "train.parquet"), "test_file": str(tmp_path / "hub" / "test.parquet")}
+    with pytest.raises(ValueError, match=r"'label' has no label in row 1 of .*test\.parquet"):
+        image_classification.main(flags(options | file))
 
 
 def test_the_embedded_default(tmp_path, monkeypatch):

