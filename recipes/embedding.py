@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common import RecipeArguments, card_facts, limited, load_splits, make_trainer, parse_arguments, train_and_report
+from arguments import RecipeArguments
+from closing import card_facts
+from common import make_trainer, run, train_and_report
 from datasets import Dataset, DatasetDict
 from embedded import MINILM, minilm_folder
+from loading import limited, load_splits, named_model
+from parsing import parse_arguments
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
@@ -25,11 +29,11 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from hf_xsam import XSAMConfig
+from hf_xsam.data.checks import require_columns
 from hf_xsam.data.movie_reviews import MOVIE_REVIEWS, load_movie_reviews
-from hf_xsam.data.splits import require_columns
 from hf_xsam.integrations.sentence_transformers import XSAMSentenceTransformerTrainer
 
 LOSSES = {
@@ -86,7 +90,7 @@ def make_evaluator(
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save, and return the metrics of the closing table and the evaluator's score before and after."""
     kinds = (PairArguments, SentenceTransformerTrainingArguments, XSAMConfig)
-    recipe, args, xsam = parse_arguments(HfArgumentParser(kinds), argv)
+    recipe, args, xsam = parse_arguments(kinds, argv)
     args.remove_unused_columns = False  # which is for columns that a model takes: here the collator takes them
     set_seed(args.seed)
     with args.main_process_first(desc="loading data"):
@@ -94,12 +98,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     used = {"text_column": recipe.text_column, "text_pair_column": recipe.text_pair_column}
     if recipe.loss == "cosent":
         used["score_column"] = recipe.score_column
-    require_columns(splits["train"], **used)
+    require_columns(splits["train"], recipe.source("train"), **used)
     splits = splits.select_columns(list(used.values()))
     if recipe.loss == "cosent" and recipe.score_column != SCORE:
         splits = splits.rename_column(recipe.score_column, SCORE)
 
-    model = SentenceTransformer(recipe.model_name_or_path or minilm_folder(), device=str(args.device))
+    model_name = recipe.model_name_or_path or minilm_folder()
+    with named_model(model_name):
+        model = SentenceTransformer(model_name, device=str(args.device))
     loss = LOSSES[recipe.loss](model)
     if recipe.matryoshka_dims:
         loss = MatryoshkaLoss(model, loss, recipe.matryoshka_dims)
@@ -128,4 +134,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from common import RecipeArguments, card_facts, limited, load_splits, make_trainer, parse_arguments, train_and_report
+from arguments import RecipeArguments
+from closing import card_facts
+from common import make_trainer, run, train_and_report
 from datasets import ClassLabel, Dataset
 from embedded import MINILM, minilm_folder
+from loading import encoded, limited, load_splits, named_model
+from parsing import parse_arguments
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForTokenClassification,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
@@ -29,8 +32,8 @@ from transformers import (
 
 from hf_xsam import XSAMConfig
 from hf_xsam.data import IGNORED
+from hf_xsam.data.checks import InputError, require_columns
 from hf_xsam.data.movie_words import MOVIE_WORDS, load_movie_words
-from hf_xsam.data.splits import require_columns
 
 
 @dataclass
@@ -61,7 +64,7 @@ def encode_words(
     """Tokenize rows of words; `labels` has each word's tag at its first token, and -100 at all others."""
     words, tags = (batch[column] for column in columns)
     if wrong := {tag for row in tags for tag in row} - number_of.keys():
-        raise ValueError(f"Column {columns[1]!r} holds {wrong.pop()!r}, which is no tag of the training data.")
+        raise InputError(f"Column {columns[1]!r} holds {wrong.pop()!r}, which is no tag of the training data.")
     encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
     labels = []
     for i, row in enumerate(tags):
@@ -80,27 +83,30 @@ def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save, and return the metrics of the closing table."""
-    recipe, args, xsam = parse_arguments(HfArgumentParser((TokenArguments, TrainingArguments, XSAMConfig)), argv)
+    recipe, args, xsam = parse_arguments((TokenArguments, TrainingArguments, XSAMConfig), argv)
     set_seed(args.seed)
     with args.main_process_first(desc="loading data"):
         splits = load_splits(recipe, load_movie_words)
-    require_columns(splits["train"], tokens_column=recipe.tokens_column, tags_column=recipe.tags_column)
+    require_columns(
+        splits["train"], recipe.source("train"), tokens_column=recipe.tokens_column, tags_column=recipe.tags_column
+    )
     names, number_of = tag_names(splits["train"], recipe.tags_column)
     splits = limited(splits, recipe)
 
     model_name = recipe.model_name_or_path or minilm_folder()
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForTokenClassification.from_pretrained(
-        model_name,
-        dtype="float32",
-        ignore_mismatched_sizes=True,  # a classifier of other tags gets a new head
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-    )
+    with named_model(model_name):
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+        model = AutoModelForTokenClassification.from_pretrained(
+            model_name,
+            dtype="float32",
+            ignore_mismatched_sizes=True,  # a classifier of other tags gets a new head
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+        )
     with args.main_process_first(desc="tokenizing"):
         columns = (recipe.tokens_column, recipe.tags_column)
         options = {"tokenizer": tokenizer, "columns": columns, "number_of": number_of, "max_length": recipe.max_length}
-        splits = splits.map(encode_words, fn_kwargs=options, batched=True, remove_columns=splits["train"].column_names)
+        splits = encoded(splits, encode_words, **options)
 
     trainer = make_trainer(
         recipe,
@@ -121,4 +127,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

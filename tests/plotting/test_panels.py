@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_a_number_is_shown_and_not_drawn(stock, tmp_path):
     state = json.loads((stock / "trainer_state.json").read_text())
     lines = [line for line in state["log_history"] if "loss" in line]
     for value, line in zip((math.nan, math.inf, -math.inf), lines, strict=False):
-        line |= {"loss": value, "xsam/eigenvalue": value}
+        line |= {"loss": value, "xsam/rayleigh_quotient": value}
     (stock / "trainer_state.json").write_text(json.dumps(state))
     main(["plot", str(stock), "--output", str(tmp_path / "out")])
     page = (tmp_path / "out" / "runs.html").read_text(encoding="utf-8")

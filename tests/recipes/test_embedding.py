@@ -50,7 +50,7 @@ def test_learns_in_each_mode(model_and_data, mode, capsys):
     assert metrics["top_eigenvalue"] != 0
     said = capsys.readouterr().out
     assert f"{mode} on" in said
-    assert ("xsam/eigenvalue" in said) == (mode == "xsam")
+    assert ("xsam/rayleigh_quotient" in said) == (mode == "xsam")
     assert f"{metrics['test_spearman_cosine']:.4f} after" in said
     output = Path(model_and_data["output_dir"])
     assert (

@@ -255,7 +255,7 @@ def test_a_step(kind, tmp_path, caplog):
     trainer, recorder = train(kind, tmp_path, config, max_steps=1, lr_scheduler_type="constant", max_grad_norm=0.0)
     (log,) = logs_of(trainer)
     assert trainer._xsam_steps.method == KINDS[kind], caplog.text
-    assert log["xsam/eigenvalue"] != 0
+    assert log["xsam/rayleigh_quotient"] != 0
     assert log["xsam/perturbed_loss"] != log["loss"]
     assert torch.equal(recorder.before[0], recorder.after_gradient[0])
     assert log["xsam/skipped_steps"] == 0
