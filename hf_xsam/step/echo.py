@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..functional.tensors import local, norm
-from .gradients import gradients, gradients_set_aside
+from .gradients import gradients
 from .precision import coarsest_dtype
 from .processes import all_finite, holds_everywhere
 from .random_state import Generator, state_of
@@ -66,7 +66,7 @@ def check_echo(window: Window, parameters: Sequence[Tensor], synchronize: bool, 
     first = [window.loss, *gradients(parameters)]
     if not all_finite(accelerator, [norm(first)]):
         return False
-    with gradients_set_aside(window.model):
+    with window.gradients_set_aside():
         again = _run(window, parameters, synchronize)
         if holds_everywhere(accelerator, _all_equal(first, again)):
             return True

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 # Packages whose objects and functions hold no state of their own that a training step changes.
-LIBRARIES = ("torch", "transformers", "accelerate", "hf_xsam", "trl", "peft", "datasets", "numpy", "builtins")
+LIBRARIES = (
+    *("torch", "transformers", "accelerate", "deepspeed", "hf_xsam", "trl", "peft", "datasets", "numpy", "builtins"),
+)
 # What every module has, which passes do not change or which is put back elsewhere (modes, weights, buffers).
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # What cannot change within.
@@ -44,7 +46,7 @@ def _held_by(name: str, owner: Any) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of an object, and of those of its classes that no library has defined."""
     held = {key: value for key, value in vars(owner).items() if counts(key)}
     if isinstance(owner, nn.Module):
-        held |= owner._parameters | owner._buffers
+        held |= {**dict(owner.named_parameters(recurse=False)), **owner._buffers}
     for kind in type(owner).__mro__:
         if not _of_a_library(kind):
             held = {key: value for key, value in vars(kind).items() if not key.startswith("__")} | held

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..functional.tensors import norm
+from .deepspeed_refusals import FSDP2, refuse_deepspeed
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import CPUOffloadPolicy
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from ..config import XSAMConfig
 
 STEPS_INSIDE_BACKWARD = ("Lomo", "AdaLomo")
-FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration"
-INSTEAD_OF_DEEPSPEED = f"To shard the model use FSDP2 ({FSDP2}); else DistributedDataParallel."
 
 # Those whose loss is a function of weights and batch alone.
 TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
@@ -42,10 +41,7 @@ def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
             "CUDA_VISIBLE_DEVICES=0."
         )
     if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "X-SAM does not support DeepSpeed (args.deepspeed or the launcher sets it): under Accelerate its optimizer "
-            f"steps inside the backward pass, before X-SAM has its second gradient. {INSTEAD_OF_DEEPSPEED}"
-        )
+        refuse_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config, config)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
             "X-SAM does not support models that from_pretrained sharded (distributed_config, tp_plan). Load the model "
@@ -117,7 +113,7 @@ def refuse_optimizer(trainer: "Trainer") -> None:
         )
 
 
-def refuse_gradients_left(parameters: Mapping[str, nn.Parameter]) -> None:
+def refuse_gradients_left(parameters: Mapping[str, Tensor]) -> None:
     """Raise where a step begins with gradients, which are of no micro-batch that X-SAM knows.
 
     Raises:
@@ -132,7 +128,7 @@ def refuse_gradients_left(parameters: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def refuse_optimizer_in_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
+def refuse_optimizer_in_hooks(parameters: Mapping[str, Tensor]) -> None:
     """Raise where hooks have taken gradients away: optimizers that step within the backward pass do.
 
     Raises:

@@ -75,14 +75,16 @@ class FrozenWeights:
     """The weights that take no gradient, and those of them that training steps move: a momentum encoder's, say.
 
     Args:
-        weights: all parameters, trainable ones too.
+        weights: all parameters, trainable ones too. Those of ZeRO-3 come and go, and are left out.
 
     Attributes:
         moving: those found so far.
     """
 
     def __init__(self, weights: Iterable[nn.Parameter]) -> None:
-        every = {id(weight): weight for weight in weights if not is_sharded(weight)}.values()
+        every = {
+            id(weight): weight for weight in weights if not is_sharded(weight) and not hasattr(weight, "ds_tensor")
+        }.values()
         self._weights = [weight for weight in every if not weight.requires_grad]
         # A copy of all of them is taken while they are watched, if it is no larger than a momentum encoder.
         trainable = sum(weight.nbytes for weight in every if weight.requires_grad)
@@ -147,7 +149,7 @@ def owners_of(model: nn.Module, trainer: Any = None) -> dict[str, Any]:
         return owners
     known = {id(module) for module in owners.values()}
     for attribute, value in vars(trainer).items():
-        if isinstance(value, nn.Module) and attribute not in ("model", "model_wrapped"):
+        if isinstance(value, nn.Module) and attribute not in ("model", "model_wrapped", "deepspeed"):
             inner = {f"trainer.{attribute}.{name}".rstrip("."): module for name, module in value.named_modules()}
             owners |= {name: module for name, module in inner.items() if id(module) not in known}
     return {**owners, "trainer": trainer}
