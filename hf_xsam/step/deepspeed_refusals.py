@@ -29,7 +29,7 @@ TESTED = {
     "optimizer": ("type", "params"),
     "zero_optimization": (
         *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm"),
-        *("allgather_partitions", "allgather_bucket_size", "round_robin_gradients", "ignore_unused_parameters"),
+        *("allgather_partitions", "allgather_bucket_size", "ignore_unused_parameters"),
         *("sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
         *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save"),
         *("offload_optimizer", "offload_param"),
