@@ -15,6 +15,7 @@ from .saving.model_card import complete_model_card, prepare_adapter_card
 from .state import XSAMState
 from .step.curvature import TopEigenpair, top_eigenpair
 from .step.deepspeed import engine_of
+from .step.deepspeed_refusals import refuse_deepspeed
 from .step.logs import SKIPPED_STEPS, Advice, chosen_metrics
 from .step.refusals import (
     refuse_optimizer,
@@ -65,6 +66,8 @@ class XSAMTrainerMixin(_Trainer):
         self._xsam_advice = Advice(self.xsam_config)
         self._xsam_steps: SharpnessAwareSteps | None = None  # of a training, or of steps that are called without one
         refuse_unsupported(self, self.xsam_config)
+        if self.is_deepspeed_enabled:
+            refuse_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config, self.xsam_config)
         if trainable_parameters(self._unwrapped_model()):  # a trainer of frozen weights may still evaluate
             self._refuse_empty_scopes()
         if self.args.push_to_hub:

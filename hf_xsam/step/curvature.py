@@ -21,6 +21,7 @@ from ..functional.hessian_vector_products import (
 from ..functional.perturbation import perturbed
 from ..functional.power_iteration import Eigenpair, power_iteration, random_unit_vector
 from ..functional.tensors import is_sharded, multiply
+from .deepspeed_refusals import refuse_measuring
 from .double_backward import Method, choose_method, obstacle_in_arguments
 from .gradients import gradients_set_aside
 from .loss import Loss, mean_loss
@@ -199,13 +200,14 @@ def top_eigenpair(
         Eigenvector, eigenvalue and residual. A residual that is not small asks for more iterations.
 
     Raises:
-        ValueError: without batches or iterations.
+        ValueError: without batches or iterations, or under DeepSpeed.
     """
     if isinstance(batches, Mapping) or not batches:
         raise ValueError(f"batches is {type(batches).__name__} of {len(batches)}; it must be a list of batches.")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; it must be at least 1.")
     accelerator, device = trainer.accelerator, trainer.args.device
+    refuse_measuring(trainer)
     model = accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     reshard(model)
     scope = parameters_in_scope(model, eigen_scope, "eigen_scope")

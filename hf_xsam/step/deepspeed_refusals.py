@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import XSAMConfig
+from .refusals import FSDP2
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 OLDEST = (0, 19)
 # DeepSpeed's classes for stages 1 and 2, and for stage 3.
 OPTIMIZERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
-FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration"
 INSTEAD = f"Leave it out, or shard the model with FSDP2 ({FSDP2})"
 WITHOUT_OFFLOAD = (
     "Leave it out; if memory is short, use stage 3 on more GPUs, gradient_checkpointing=True, or LoRA. A step with "
@@ -67,6 +70,19 @@ def refuse_deepspeed(configuration: Mapping[str, Any], config: XSAMConfig) -> No
     _refuse_settings(configuration)
 
 
+def refuse_measuring(trainer: "Trainer") -> None:
+    """Raise where a trainer's model is DeepSpeed's, whose backward passes leave gradients to its engine.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "Sharpness cannot be measured under DeepSpeed. Measure the saved model: `hf-xsam sharpness`, or "
+            "hf_xsam.sharpness.measure in a process without it."
+        )
+
+
 def refuse_engine(engine: Any) -> None:
     """Raise where the engine that DeepSpeed has made of its configuration is none that X-SAM is tested with.
 
@@ -74,11 +90,12 @@ def refuse_engine(engine: Any) -> None:
         ValueError: naming what it is, and what to use instead.
     """
     _refuse_settings(engine.config)
-    name = type(engine.optimizer).__name__
-    if name not in OPTIMIZERS or engine.has_moe_layers or engine.fp16_enabled():
+    optimizer = type(engine.optimizer).__name__
+    if optimizer not in OPTIMIZERS or engine.has_moe_layers or engine.fp16_enabled():
+        configuration = describe(engine)
         raise ValueError(
-            f"X-SAM does not support DeepSpeed's {name} ({describe(engine)}). Use ZeRO stage 1, 2 or 3 in bf16 or "
-            "float32 without mixture-of-experts layers of DeepSpeed's, as recipes/accelerate/zero2.yaml does."
+            f"X-SAM does not support DeepSpeed's {optimizer} ({configuration}). Use ZeRO stage 1, 2 or 3 in bfloat16 "
+            "or float32, without DeepSpeed's mixture of experts, as recipes/accelerate/zero2.yaml does."
         )
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..functional.tensors import norm
-from .deepspeed_refusals import FSDP2, refuse_deepspeed
 
 if torch.distributed.is_available():
     from torch.distributed.fsdp import CPUOffloadPolicy
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from ..config import XSAMConfig
 
 STEPS_INSIDE_BACKWARD = ("Lomo", "AdaLomo")
+FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration"
 
 # Those whose loss is a function of weights and batch alone.
 TRL_TRAINERS = ("SFTTrainer", "DPOTrainer", "RewardTrainer")
@@ -40,8 +40,6 @@ def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
             "process. Start the script with `accelerate launch` (DistributedDataParallel), or use one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    if trainer.is_deepspeed_enabled:
-        refuse_deepspeed(trainer.accelerator.state.deepspeed_plugin.deepspeed_config, config)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
             "X-SAM does not support models that from_pretrained sharded (distributed_config, tp_plan). Load the model "
@@ -103,6 +101,8 @@ def refuse_optimizer(trainer: "Trainer") -> None:
     assert isinstance(trainer.model, nn.Module)
     if (name := type(trainer.optimizer).__name__) in STEPS_INSIDE_BACKWARD:
         raise _steps_inside_backward(name)
+    if not hasattr(trainer.optimizer, "param_groups"):
+        return  # stands for one that DeepSpeed makes, by its configuration, of the model's parameters
     known = {id(parameter) for parameter in trainer.model.parameters()}
     trained = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
     if foreign := [parameter for parameter in trained if id(parameter) not in known]:

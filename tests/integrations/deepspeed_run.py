@@ -16,8 +16,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from hf_xsam import XSAMConfig
+from hf_xsam import XSAMCallback, XSAMConfig
 from hf_xsam.functional.tensors import local
+from hf_xsam.sharpness import top_eigenpair
 from tests.distributed_run import MeanLoss, MeanLossXSAM
 from tests.helpers import arguments, examples_of, logs_of
 from tests.models import adapted, bert, sentences
@@ -46,6 +47,15 @@ def spoilt(model):
 
     model.register_forward_hook(spoil, with_kwargs=True)
     return model
+
+
+def refusal(attempt):
+    """Return what the ValueError says that this raises."""
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def engine_config(stage, bf16, zero=None, **settings):
@@ -127,6 +137,9 @@ def train(case, folder):
         if (vector := trainer.xsam_state.eigenvector) is not None:
             result["held"] = sum(local(part).numel() for part in vector.values())
             result["eigenvalue"] = trainer.xsam_state.eigenvalue.item()
+    if stage:
+        tries = (lambda: top_eigenpair(trainer, [sentences(8)]), lambda: XSAMCallback(trainer))
+        result["refused"] = [refusal(attempt) for attempt in tries]
     return result
 
 
