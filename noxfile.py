@@ -27,6 +27,6 @@ def oldest(session: nox.Session) -> None:
 def deepspeed(session: nox.Session) -> None:
     """DeepSpeed's ZeRO on the CPU, over gloo; DeepSpeed compiles an extension at first, for which it takes g++."""
     session.install("torch==2.13.0")
-    session.install("-e", ".[deepspeed,dev,recipes]", "-c", "constraints.txt")
+    session.install("-e", ".[deepspeed,dev,recipes,trl]", "-c", "constraints.txt")
     session.run("pytest", "-q", "--numprocesses=0", "tests/integrations/test_deepspeed.py")
     session.run("pytest", "-q", "--numprocesses=0", "tests/recipes/test_accelerate.py", "-k", "zero")

@@ -16,7 +16,8 @@ from ..functional.power_iteration import first_vector, power_iteration
 from ..functional.tensors import dot, is_sharded, multiply, norm, scale, set_to_combination, wide_dtype
 from ..state import XSAMState
 from .curvature import Curvature
-from .deepspeed import EngineWindow, engine_of
+from .deepspeed import engine_of
+from .deepspeed_window import EngineWindow
 from .double_backward import Method, obstacle_in_arguments
 from .echo import check_echo, marks_of
 from .gradients import gradient_norm, gradients, with_gradient

@@ -43,9 +43,11 @@ SETTINGS = {
         },
     ),
 }
-OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "eps": 1e-3, "torch_adam": True}}
-WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 1e-2, "warmup_num_steps": 4, "warmup_type": "linear"}
-SCHEDULER = {"type": "WarmupLR", "params": WARMUP}
+OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "eps": "auto", "torch_adam": True}}
+SCHEDULER = {
+    "type": "WarmupLR",
+    "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto"),
+}
 
 
 def launch(processes, cases, folder):
@@ -106,7 +108,7 @@ def single_cases():
         own = {"engine": {"optimizer": OPTIMIZER}} if stage else {}
         cases[f"DeepSpeed's optimizer {stage}"] = case(XSAM, stage, arguments=adamw, **own)
     for stage in STAGES:
-        schedule = {"engine": {"optimizer": OPTIMIZER, "scheduler": SCHEDULER}}
+        schedule = {"engine": {"optimizer": OPTIMIZER, "scheduler": SCHEDULER}, "arguments": {"warmup_steps": 4}}
         cases[f"scheduled plain {stage}"] = case({"rho": 0.0, "alpha": 0.0}, stage, **schedule)
         cases[f"scheduled stock {stage}"] = case(None, stage, **schedule)
         # 4 passes of the first step, none of which is for the check of replays.
