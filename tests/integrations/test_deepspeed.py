@@ -43,11 +43,9 @@ SETTINGS = {
         },
     ),
 }
-OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "eps": "auto", "torch_adam": True}}
-SCHEDULER = {
-    "type": "WarmupLR",
-    "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto"),
-}
+OPTIMIZER = {"type": "AdamW", "params": {**dict.fromkeys(("lr", "eps", "weight_decay"), "auto"), "torch_adam": True}}
+WARMUP = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto")
+SCHEDULER = {"type": "WarmupLR", "params": WARMUP}
 
 
 def launch(processes, cases, folder):

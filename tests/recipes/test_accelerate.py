@@ -104,7 +104,7 @@ def test_zero(texts, stage, monkeypatch):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     overrides = ["--num_processes", "2", "--main_process_port", "0"]
-    arguments = command(f"zero{stage}", texts, *overrides)
+    arguments = command(f"zero{stage}", texts | {"bf16": "true"}, *overrides)
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert check(texts, 2)["eigenvector_parts"] == 2
