@@ -1,4 +1,4 @@
-"""`nox --session oldest`: the core's tests with the oldest releases that hf_xsam supports."""
+"""`nox --session oldest`: the core's tests with the oldest releases that hf_xsam supports; `deepspeed`: its own."""
 
 import nox
 
@@ -21,3 +21,12 @@ def oldest(session: nox.Session) -> None:
     session.install("torch==2.13.0")
     session.install("-e", ".[dev]", *OLDEST)
     session.run("pytest", "-q", "@tests/core.txt", *(f"--deselect={test}" for test in UPSTREAM))
+
+
+@nox.session(default=False)
+def deepspeed(session: nox.Session) -> None:
+    """DeepSpeed's ZeRO on the CPU, over gloo; DeepSpeed compiles an extension at first, for which it takes g++."""
+    session.install("torch==2.13.0")
+    session.install("-e", ".[deepspeed,dev,recipes,trl]", "-c", "constraints.txt")
+    session.run("pytest", "-q", "--numprocesses=0", "tests/integrations/test_deepspeed.py")
+    session.run("pytest", "-q", "--numprocesses=0", "tests/recipes/test_accelerate.py", "-k", "zero")

@@ -1,13 +1,13 @@
 """What X-SAM carries from one optimizer step to the next."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .functional.power_iteration import Eigenpair, Spectrum
-from .functional.tensors import is_sharded, norm, reciprocal_or_zero, scale, shard_like, wide_dtype
+from .functional.tensors import Part, is_sharded, norm, reciprocal_or_zero, scale, shard_like, whole_shape, wide_dtype
 
 
 @dataclass
@@ -35,9 +35,12 @@ class XSAMState:
     refreshed_at: int | None = None
     skipped_steps: int = 0
 
-    def take(self, estimate: Eigenpair, names: Iterable[str], step: int) -> None:
-        """Keep what the refresh of optimizer step `step` has found, over the parameters of these names."""
-        self.eigenvector = dict(zip(names, estimate.vector, strict=True))
+    def take(self, estimate: Eigenpair, parameters: Mapping[str, Tensor], step: int) -> None:
+        """Keep what the refresh of optimizer step `step` has found, over these parameters."""
+        self.eigenvector = {
+            name: Part.of(part, parameter.place) if isinstance(parameter, Part) else part
+            for (name, parameter), part in zip(parameters.items(), estimate.vector, strict=True)
+        }
         self.eigenvalue, self.spectrum, self.refreshed_at = estimate.value, estimate.spectrum, step
 
     def eigenvector_over(self, parameters: Mapping[str, Tensor]) -> list[Tensor]:
@@ -66,10 +69,11 @@ class XSAMState:
             part = self.eigenvector.get(name)
             if part is None:
                 part = torch.zeros_like(parameter)
-            if part.shape != parameter.shape:
+            shape = parameter.shape if is_sharded(part) else whole_shape(parameter)
+            if part.shape != shape:
                 raise ValueError(
                     f"xsam_state.eigenvector[{name!r}] has shape {tuple(part.shape)}; it must have the parameter's, "
-                    f"{tuple(parameter.shape)}."
+                    f"{tuple(shape)}."
                 )
             part = part if is_sharded(part) else shard_like(part, parameter)
             vector.append(part.detach().to(parameter.device, wide_dtype(parameter)))

@@ -14,6 +14,8 @@ from .saving.hub import PushCallback, refusal_explained
 from .saving.model_card import complete_model_card, prepare_adapter_card
 from .state import XSAMState
 from .step.curvature import TopEigenpair, top_eigenpair
+from .step.deepspeed import engine_of
+from .step.deepspeed_refusals import refuse_deepspeed
 from .step.logs import SKIPPED_STEPS, Advice, chosen_metrics
 from .step.refusals import (
     refuse_optimizer,
@@ -64,6 +66,8 @@ class XSAMTrainerMixin(_Trainer):
         self._xsam_advice = Advice(self.xsam_config)
         self._xsam_steps: SharpnessAwareSteps | None = None  # of a training, or of steps that are called without one
         refuse_unsupported(self, self.xsam_config)
+        if self.is_deepspeed_enabled:
+            refuse_deepspeed(self.accelerator.state.deepspeed_plugin.deepspeed_config, self.xsam_config)
         if self.optimizer is not None:
             refuse_optimizer(self.optimizer, self._unwrapped_model())
         if trainable_parameters(self._unwrapped_model()):  # a trainer of frozen weights may still evaluate
@@ -90,18 +94,20 @@ class XSAMTrainerMixin(_Trainer):
             if callable(switch := getattr(self.optimizer, "train", None)):
                 switch()  # as the stock step does: a schedule-free optimizer's weights may be those to evaluate
             local = self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext()
-            with steps.along_eigenvector(step), local:
-                loss = super().training_step(model, inputs, num_items_in_batch)
-            accumulation_steps = getattr(self, "current_gradient_accumulation_steps", 1)  # set in train()
-            window.add(kept, num_items_in_batch, loss, accumulation_steps)
+            with window.optimizer_waits():
+                with steps.along_eigenvector(step), local:
+                    loss = super().training_step(model, inputs, num_items_in_batch)
+                accumulation_steps = getattr(self, "current_gradient_accumulation_steps", 1)  # set in train()
+                window.add(kept, num_items_in_batch, loss, accumulation_steps)
+                if self.accelerator.sync_gradients:
+                    steps.window = None
+                    with logs_dropped(self), window.passes_undone():
+                        steps.replace_gradient(window, step)
             if self.accelerator.sync_gradients:
-                steps.window = None
-                with logs_dropped(self), window.passes_undone():
-                    steps.replace_gradient(window, step)
+                window.step_optimizer()
                 self._xsam_has_stepped()
         except BaseException:
-            steps.window = None
-            model.zero_grad()
+            steps.abandon(model)
             raise
         return loss
 
@@ -230,7 +236,11 @@ class XSAMTrainerMixin(_Trainer):
         if checkpoint is not None:
             # Frozen ones too, for a callback may yet unfreeze them, as it did before the checkpoint.
             model = self._unwrapped_model()
-            parameters = in_scope(dict(model.named_parameters()), self.xsam_config.eigen_scope, model)
+            parameters: Mapping[str, Tensor] = in_scope(
+                dict(model.named_parameters()), self.xsam_config.eigen_scope, model
+            )
+            if (engine := engine_of(self.accelerator)) is not None:
+                parameters = {name: part for name, part in engine.parts.items() if name in parameters}
             state = load_state(checkpoint, self.xsam_config, parameters, self.accelerator)
             self.xsam_state = state or XSAMState()
 

@@ -87,9 +87,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     with args.main_process_first(desc="loading data"):
         splits = load_splits(recipe, load_movie_words)
-    require_columns(
-        splits["train"], recipe.source("train"), tokens_column=recipe.tokens_column, tags_column=recipe.tags_column
-    )
+    columns = {"tokens_column": recipe.tokens_column, "tags_column": recipe.tags_column}
+    require_columns(splits["train"], recipe.source("train"), **columns)
     names, number_of = tag_names(splits["train"], recipe.tags_column)
     splits = limited(splits, recipe)
 
@@ -104,8 +103,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
             label2id={name: i for i, name in enumerate(names)},
         )
     with args.main_process_first(desc="tokenizing"):
-        columns = (recipe.tokens_column, recipe.tags_column)
-        options = {"tokenizer": tokenizer, "columns": columns, "number_of": number_of, "max_length": recipe.max_length}
+        options = {
+            "tokenizer": tokenizer,
+            "columns": tuple(columns.values()),
+            "number_of": number_of,
+            "max_length": recipe.max_length,
+        }
         splits = encoded(splits, encode_words, **options)
 
     trainer = make_trainer(

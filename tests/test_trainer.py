@@ -545,7 +545,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("attribute", "value", "message"),
         [
-            ("is_deepspeed_enabled", True, "does not support DeepSpeed.*steps inside the backward pass.*FSDP2"),
             ("is_distributed_loading_by_transformers", True, "from_pretrained sharded.*let the Trainer shard it"),
         ],
     )

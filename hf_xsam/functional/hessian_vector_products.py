@@ -1,7 +1,7 @@
 """Hessian-vector products v -> H v, exact by double backward, or by a finite difference of gradients."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .perturbation import perturbed
-from .tensors import multiply, norm, scale, wide_dtype
+from .tensors import multiply, norm, scale, whole_shape, wide_dtype
 
 HessianVectorProduct = Callable[[Sequence[Tensor]], list[Tensor]]
+Perturb = Callable[[Sequence[Tensor], Sequence[Tensor]], AbstractContextManager[Tensor | None]]
 
 
 @contextmanager
@@ -100,13 +101,17 @@ def finite_difference_step(parameters: Sequence[Tensor], precision: torch.dtype)
     Returns:
         h, 0-dimensional, in the units of the weights.
     """
-    mean_square = norm(parameters).square() / sum(parameter.numel() for parameter in parameters)
+    mean_square = norm(parameters).square() / sum(whole_shape(parameter).numel() for parameter in parameters)
     root_mean_square = torch.where(mean_square == 0, torch.ones_like(mean_square), mean_square.sqrt())
     return 5 * torch.finfo(precision).eps ** 0.5 * root_mean_square
 
 
 def finite_difference_hessian_vector_product(
-    gradient_here: Callable[[], list[Tensor]], parameters: Sequence[Tensor], gradient: Sequence[Tensor], step: Tensor
+    gradient_here: Callable[[], list[Tensor]],
+    parameters: Sequence[Tensor],
+    gradient: Sequence[Tensor],
+    step: Tensor,
+    perturb: Perturb = perturbed,
 ) -> HessianVectorProduct:
     """Return v -> (grad L(w + h v) - grad L(w)) / h, which is H v + O(h).
 
@@ -115,10 +120,11 @@ def finite_difference_hessian_vector_product(
         parameters: w, moved during each call of `gradient_here` and restored exactly.
         gradient: grad L(w), shaped like `parameters`.
         step: h, 0-dimensional, in the units of the weights.
+        perturb: moves the weights, as [`~hf_xsam.functional.perturbation.perturbed`] does.
     """
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
-        with perturbed(parameters, scale(step, vector)):
+        with perturb(parameters, scale(step, vector)):
             moved = gradient_here()
         difference = [there.to(wide_dtype(there)) - here for there, here in zip(moved, gradient, strict=True)]
         multiply(difference, 1 / step)

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from .hessian_vector_products import HessianVectorProduct
-from .tensors import dot, multiply, norm, reciprocal_or_zero, scale, set_to_combination, shard_like, wide_dtype
+from .tensors import (
+    dot,
+    multiply,
+    norm,
+    reciprocal_or_zero,
+    scale,
+    set_to_combination,
+    shard_like,
+    whole_shape,
+    wide_dtype,
+)
 
 # How many of the last products `Spectrum` averages over, and the mean cosine below which the spectrum is shifted.
 MEMORY = 8
@@ -79,7 +89,8 @@ def random_unit_vector(parameters: Sequence[Tensor], seed: int) -> list[Tensor]:
         device = parameter.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
-        whole = torch.randn(parameter.shape, generator=generators[device], dtype=wide_dtype(parameter), device=device)
+        shape, dtype = whole_shape(parameter), wide_dtype(parameter)
+        whole = torch.randn(shape, generator=generators[device], dtype=dtype, device=device)
         vector.append(shard_like(whole, parameter))
     return scale(reciprocal_or_zero(norm(vector)), vector)
 

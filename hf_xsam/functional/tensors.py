@@ -1,30 +1,61 @@
 """Dot products and norms over lists of tensors, as if each list were one long vector.
 
-A tensor may be sharded over processes (a `DTensor`, under FSDP2): the results are those of the whole tensor, for one
-all-reduce of a scalar, and the same on every process. Sums are taken in float32 at least, so that the norm of
-half-precision gradients neither overflows nor loses its small terms, and stay on the device: nothing here waits for
-the accelerator. Norms and factors are calls for many tensors, whose kernels an accelerator fuses.
+A tensor may be sharded over processes (a `DTensor` under FSDP2, a [`Part`] under DeepSpeed): the results are those of
+the whole tensor, for one all-reduce of a scalar, and the same on every process. Sums are taken in float32 at least, so
+that the norm of half-precision gradients neither overflows nor loses its small terms, and stay on the device: nothing
+here waits for the accelerator. Norms and factors are calls for many tensors, whose kernels an accelerator fuses.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, reduce
 from itertools import islice
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-SHARDED: tuple[type[Tensor], ...] = ()
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part is: from index `start` on of a tensor of this shape, flattened."""
+
+    shape: torch.Size
+    start: int
+
+
+class Part(Tensor):
+    """Neighbouring elements of a tensor, the others of which other processes hold; one-dimensional, and may be empty.
+
+    What is computed from parts are parts. Only those that `of` makes know their place.
+    """
+
+    place: Place
+    grad: Tensor | None = None  # any tensor, where torch would ask for the dtype of the weights
+
+    @classmethod
+    def of(cls, piece: Tensor, place: Place) -> "Part":
+        """Return `piece`, sharing its memory, as the part at this place."""
+        part = local(piece).as_subclass(cls)
+        part.place = place
+        return part
+
+
+SHARDED: tuple[type[Tensor], ...] = (Part,)
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
-    SHARDED = (DTensor,)
+    SHARDED = (DTensor, Part)
 
 
-def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+def is_sharded(tensor: Tensor) -> bool:
     """Return whether each process holds a part of `tensor` only."""
     return isinstance(tensor, SHARDED)
+
+
+def _is_distributed(tensor: Tensor) -> "TypeGuard[DTensor]":
+    return is_sharded(tensor) and not isinstance(tensor, Part)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -33,14 +64,33 @@ def local(tensor: Tensor) -> Tensor:
     Complex numbers are two real ones, in a last dimension: X-SAM's vectors are over the real numbers.
     """
     tensor = tensor.detach() if tensor.requires_grad else tensor
-    tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    if isinstance(tensor, Part):
+        with torch._C.DisableTorchFunctionSubclass():  # else it would be a part again
+            return tensor.as_subclass(Tensor)
+    tensor = tensor.to_local() if _is_distributed(tensor) else tensor
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of the whole tensor, of which this process may hold a part."""
+    return tensor.place.shape if isinstance(tensor, Part) else tensor.shape
+
+
+def offsets(tensor: Tensor) -> list[int]:
+    """Return where in the whole tensor this process's part begins: in each dimension, or in the flattened one."""
+    if isinstance(tensor, Part):
+        return [tensor.place.start]
+    return list(tensor.__create_chunk_list__()[0].offsets) if _is_distributed(tensor) else [0] * tensor.dim()
 
 
 def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     """Return `whole`, which every process has, on the parameter's device and sharded as it is."""
     whole = whole.to(parameter.device)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements) if is_sharded(parameter) else whole
+    if isinstance(parameter, Part):
+        return Part.of(whole.flatten().narrow(0, parameter.place.start, len(parameter)).clone(), parameter.place)
+    return (
+        distribute_tensor(whole, parameter.device_mesh, parameter.placements) if _is_distributed(parameter) else whole
+    )
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
@@ -122,18 +172,27 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _total(terms: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """Sum pairs of a tensor and what this process's part of it adds, over the pairs and the processes; 0 of none."""
-    parts: dict[tuple[DeviceMesh, tuple[bool, ...]] | None, list[Tensor]] = defaultdict(list)
+    parts: dict[Hashable, list[Tensor]] = defaultdict(list)
     device = None
     for tensor, term in terms:
         device = device or term.device  # layers of one model may live on several (`device_map`)
-        layout = (tensor.device_mesh, tuple(p.is_shard() for p in tensor.placements)) if is_sharded(tensor) else None
-        parts[layout].append(term.to(device))
+        parts[_layout(tensor)].append(term.to(device))
     totals = [_over_processes(layout, torch.stack(part).sum()) for layout, part in parts.items()]
     return torch.stack(totals).sum() if totals else torch.zeros(())
 
 
-def _over_processes(layout: "tuple[DeviceMesh, tuple[bool, ...]] | None", partial: Tensor) -> Tensor:
+def _layout(tensor: Tensor) -> Hashable:
+    """Return over which processes a tensor is spread: None if every process has it all."""
+    if isinstance(tensor, Part):
+        return Part
+    return (tensor.device_mesh, tuple(p.is_shard() for p in tensor.placements)) if _is_distributed(tensor) else None
+
+
+def _over_processes(layout: Any, partial: Tensor) -> Tensor:
     if layout is None:
+        return partial
+    if layout is Part:
+        torch.distributed.all_reduce(partial)
         return partial
     mesh, sharded = layout
     placements = [Partial() if dimension else Replicate() for dimension in sharded]

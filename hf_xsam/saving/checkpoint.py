@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import XSAMConfig
 from ..functional.power_iteration import Spectrum
-from ..functional.tensors import is_sharded, local, norm, shard_like, wide_dtype
+from ..functional.tensors import Part, is_sharded, local, norm, offsets, shard_like, whole_shape, wide_dtype
 from ..state import XSAMState
 
 logger = get_logger(__name__)  # logs on the main process only
@@ -51,9 +51,9 @@ def save_state(state: XSAMState, config: XSAMConfig, folder: str, accelerator: A
     if vector is not None and (sharded or writes):
         part = accelerator.process_index if sharded else 0
         held = {name: local(tensor).contiguous() for name, tensor in vector.items()}
-        offsets = {name: json.dumps(_offsets(tensor)) for name, tensor in vector.items()}
+        places = {name: json.dumps(offsets(tensor)) for name, tensor in vector.items()}
         target = path / VECTOR_NAME.format(part=part, parts=parts)
-        save_file(held, target.with_suffix(".partial"), metadata=offsets)
+        save_file(held, target.with_suffix(".partial"), metadata=places)
         os.replace(target.with_suffix(".partial"), target)
     accelerator.wait_for_everyone()
     if writes:
@@ -122,11 +122,6 @@ def load_state(
     return state
 
 
-def _offsets(tensor: Tensor) -> list[int]:
-    """Return the offset of this process's part of `tensor` in each dimension."""
-    return list(tensor.__create_chunk_list__()[0].offsets) if is_sharded(tensor) else [0] * tensor.dim()
-
-
 def _open_vector(folder: Path, parts: int) -> dict[Path, Any]:
     paths = [folder / VECTOR_NAME.format(part=part, parts=parts) for part in range(parts)]
     files = {}
@@ -148,7 +143,8 @@ def _read_vector(files: Mapping[Path, Any], parameters: Mapping[str, Tensor]) ->
     vector = {}
     for name in next(iter(files.values())).keys():  # noqa: SIM118  # no dictionary
         parameter = parameters[name]
-        whole = torch.zeros(parameter.shape, dtype=wide_dtype(parameter))
+        whole = torch.zeros(whole_shape(parameter), dtype=wide_dtype(parameter))
+        whole = whole.flatten() if isinstance(parameter, Part) else whole  # as its parts are
         for path, file in files.items():
             part, start = file.get_tensor(name), json.loads((file.metadata() or {}).get(name, "[]"))
             place = tuple(slice(at, at + size) for at, size in zip(start, part.shape, strict=False))

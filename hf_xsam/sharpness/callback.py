@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..step.deepspeed_refusals import refuse_measuring
 from ..step.random_state import RandomState
 from ..step.scope import parameters_in_scope
 from ..step.side_effects import Surroundings, copied, logs_dropped
@@ -74,6 +75,7 @@ class XSAMCallback(TrainerCallback):
             raise ValueError(
                 "XSAMCallback cannot measure a model sharded by FSDP: use hf_xsam.sharpness.top_eigenpair."
             )
+        refuse_measuring(trainer)
         if find_spec("scipy") is None:
             raise ImportError("XSAMCallback needs scipy: pip install 'hf_xsam[tools]'")
         assert isinstance(trainer.model, nn.Module)

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from ..functional.hessian_vector_products import (
     HessianVectorProduct,
+    Perturb,
     exact_hessian_vector_product,
     finite_difference_hessian_vector_product,
     finite_difference_step,
 )
+from ..functional.perturbation import perturbed
 from ..functional.power_iteration import Eigenpair, Spectrum, power_iteration, random_unit_vector
 from ..functional.tensors import is_sharded, multiply
+from .deepspeed_refusals import refuse_measuring
 from .double_backward import Method, choose_method, obstacle_in_arguments
 from .gradients import gradients_set_aside
 from .loss import Loss, mean_loss
@@ -50,6 +53,7 @@ class Curvature:
         hvp: how products are computed, see `XSAMConfig.hvp`.
         obstacle: to exact products, where one is known without trying.
         method: what `hvp` came to earlier in the same training; None chooses at the first product.
+        perturb: moves the weights for a finite difference, as [`~hf_xsam.functional.perturbation.perturbed`] does.
 
     Attributes:
         method: "exact" or "finite_difference", None until it is chosen.
@@ -59,14 +63,16 @@ class Curvature:
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[Tensor],
         loss: Loss,
         hvp: str = "auto",
         obstacle: str | None = None,
         method: Method | None = None,
+        perturb: Perturb = perturbed,
     ) -> None:
         self.accelerator, self.model, self.parameters, self.loss = accelerator, model, parameters, loss
         self.method = method
+        self._perturb = perturb
         self._hvp, self._obstacle = hvp, obstacle
 
     @contextmanager
@@ -130,7 +136,7 @@ class Curvature:
         known = self.loss.gradient(self.parameters) if gradient is None else gradient
         step = finite_difference_step(self.parameters, coarsest_dtype(self.accelerator, self.model))
         gradient_here = partial(self.loss.gradient, self.parameters)
-        yield finite_difference_hessian_vector_product(gradient_here, self.parameters, known, step)
+        yield finite_difference_hessian_vector_product(gradient_here, self.parameters, known, step, self._perturb)
 
     def top_eigenpair(
         self,
@@ -194,13 +200,14 @@ def top_eigenpair(
         Eigenvector, eigenvalue and residual. A residual that is not small asks for more iterations.
 
     Raises:
-        ValueError: without batches or iterations.
+        ValueError: without batches or iterations, or under DeepSpeed.
     """
     if isinstance(batches, Mapping) or not batches:
         raise ValueError(f"batches is {type(batches).__name__} of {len(batches)}; it must be a list of batches.")
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}; it must be at least 1.")
     accelerator, device = trainer.accelerator, trainer.args.device
+    refuse_measuring(trainer)
     model = accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     reshard(model)
     scope = parameters_in_scope(model, eigen_scope, "eigen_scope")

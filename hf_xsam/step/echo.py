@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..functional.tensors import local, norm
-from .gradients import gradients, gradients_set_aside
+from .gradients import gradients
 from .kept_tensors import KeptTensors
 from .moving_weights import sums
 from .precision import coarsest_dtype
@@ -87,7 +87,7 @@ def check_echo(window: Window, parameters: Sequence[Tensor], synchronize: bool, 
         weights.restore()
         return [loss, *gradients(parameters)]
 
-    with gradients_set_aside(window.model):
+    with window.gradients_set_aside():
         again = run_again()
         if holds_everywhere(accelerator, _all_equal(first, again)):
             return True

@@ -20,12 +20,12 @@ def gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
 
 
-def with_gradient(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+def with_gradient(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return those of `parameters` that the last backward passes reached."""
     return {name: parameter for name, parameter in parameters.items() if parameter.grad is not None}
 
 
-def gradient_norm(parameters: Mapping[str, nn.Parameter]) -> Tensor:
+def gradient_norm(parameters: Mapping[str, Tensor]) -> Tensor:
     """Return the norm of the gradient over those of `parameters` that have one, 0-dimensional."""
     return norm(gradients(list(with_gradient(parameters).values())))
 

@@ -17,7 +17,7 @@ class MovingWeights:
     """Those of some weights that training steps move.
 
     Args:
-        weights: parameters; sharded ones are left out.
+        weights: parameters; sharded ones are left out, and those of ZeRO-3, which come and go.
 
     Attributes:
         weights: the others, each once.
@@ -25,7 +25,8 @@ class MovingWeights:
     """
 
     def __init__(self, weights: Iterable[nn.Parameter]) -> None:
-        self.weights = list({id(weight): weight for weight in weights if not is_sharded(weight)}.values())
+        here = (weight for weight in weights if not is_sharded(weight) and not hasattr(weight, "ds_tensor"))
+        self.weights = list({id(weight): weight for weight in here}.values())
         self.moving: list[Tensor] = []
         self.steps = 0
         self._marks, self._sums = self._read_marks(), torch.zeros(0)

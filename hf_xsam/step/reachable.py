@@ -123,7 +123,7 @@ def _attributes(name: str, owner: Any) -> Iterator[tuple[str, Any]]:
     held = {key: value for key, value in attributes_of(owner).items() if counts(key)}
     held |= {slot.__name__: value for slot, value in slot_values(owner)}
     if isinstance(owner, nn.Module):
-        held |= owner._parameters | owner._buffers
+        held |= {**dict(owner.named_parameters(recurse=False)), **owner._buffers}
         held |= {f"hook {number}": hook for number, hook in enumerate(hooks_of(owner))}
     for kind in type(owner).__mro__:
         if not is_library(kind):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..functional.tensors import norm
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 STEPS_INSIDE_BACKWARD = ("Lomo", "AdaLomo")
 FSDP2 = "fsdp=True with fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's configuration"
-INSTEAD_OF_DEEPSPEED = f"To shard the model use FSDP2 ({FSDP2}); else DistributedDataParallel."
 
 # Those whose loss is a function of weights and batch alone.
 TRL_TRAINERS = (
@@ -41,11 +40,6 @@ def refuse_unsupported(trainer: "Trainer", config: "XSAMConfig") -> None:
             f"X-SAM does not support torch.nn.DataParallel, which Trainer uses for {trainer.args.n_gpu} GPUs in one "
             "process. Start the script with `accelerate launch` (DistributedDataParallel), or use one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
-        )
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "X-SAM does not support DeepSpeed (args.deepspeed or the launcher sets it): under Accelerate its optimizer "
-            f"steps inside the backward pass, before X-SAM has its second gradient. {INSTEAD_OF_DEEPSPEED}"
         )
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         raise ValueError(
@@ -110,6 +104,8 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
     """
     if (name := type(optimizer).__name__) in STEPS_INSIDE_BACKWARD:
         raise _steps_inside_backward(name)
+    if not hasattr(optimizer, "param_groups"):
+        return  # stands for one that DeepSpeed makes, by its configuration, of the model's parameters
     known = {id(parameter) for parameter in model.parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if foreign := [parameter for parameter in trained if id(parameter) not in known]:
@@ -120,7 +116,7 @@ def refuse_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
         )
 
 
-def refuse_gradients_left(parameters: Mapping[str, nn.Parameter]) -> None:
+def refuse_gradients_left(parameters: Mapping[str, Tensor]) -> None:
     """Raise where a step begins with gradients, which are of no micro-batch that X-SAM knows.
 
     Raises:
@@ -135,7 +131,7 @@ def refuse_gradients_left(parameters: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def refuse_optimizer_in_hooks(parameters: Mapping[str, nn.Parameter]) -> None:
+def refuse_optimizer_in_hooks(parameters: Mapping[str, Tensor]) -> None:
     """Raise where hooks have taken gradients away: optimizers that step within the backward pass do.
 
     Raises:

@@ -1,7 +1,7 @@
 """The micro-batches of an optimizer step, and how to run them again: with the same random numbers and buffers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import ceil
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..functional.tensors import norm
-from .gradients import gradients
+from .gradients import gradients, gradients_set_aside
 from .loss import Loss
 from .modes import forward_passes_evaluated, twice_differentiable_attention
 from .processes import all_finite, holds_everywhere
@@ -123,14 +123,14 @@ class Window:
 
     def run(self, synchronize: bool = True) -> Tensor:
         """Leave the window's gradient in `.grad`, averaged over the processes if `synchronize`; return its loss."""
-        self.model.zero_grad()
+        self.zero_grad()
         self.before.restore()
         # FSDP holds whole gradients between those that synchronize, which GradientAccumulationPlugin lets users forgo.
         each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         losses = []
         for micro_batch in self.micro_batches:
             synchronizes = synchronize and (each or micro_batch is self.micro_batches[-1])
-            with nullcontext() if synchronizes else self.accelerator.no_sync(self.model):
+            with self._synchronizing(synchronizes):
                 losses.append(self._step(self.model, micro_batch))
         return torch.stack(losses).sum()
 
@@ -138,8 +138,26 @@ class Window:
         """Return the window's gradient at the weights as they stand, zero where the loss does not reach; leave none."""
         self.run(synchronize)
         gradient = gradients(parameters)
-        self.model.zero_grad()
+        self.zero_grad()
         return gradient
+
+    def zero_grad(self) -> None:
+        """Leave no gradient."""
+        self.model.zero_grad()
+
+    def gradients_set_aside(self) -> AbstractContextManager[None]:
+        """Give the block parameters without gradients, and put those back that they had."""
+        return gradients_set_aside(self.model)
+
+    def optimizer_waits(self) -> AbstractContextManager[None]:
+        """Have no optimizer step within the block; none does but DeepSpeed's."""
+        return nullcontext()
+
+    def end(self) -> None:
+        """End the first passes, whose gradient is in `.grad`."""
+
+    def step_optimizer(self) -> None:
+        """Step, where the Trainer does not."""
 
     def loss_of_part(self, fraction: float, rows_are_examples: bool, synchronize: bool) -> Loss:
         """Return the window's loss for Hessian-vector products: exact ones take a part of the examples.
@@ -225,7 +243,10 @@ class Window:
                 if parameter.grad is not None:
                     parameter.grad.fill_(torch.inf)
         elif self.surroundings is None or not all_finite(self.accelerator, [self.run(), norm(gradients(parameters))]):
-            self.model.zero_grad()
+            self.zero_grad()
+
+    def _synchronizing(self, synchronizes: bool) -> AbstractContextManager[None]:
+        return nullcontext() if synchronizes else self.accelerator.no_sync(self.model)
 
     def _step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
         micro_batch.random_state.restore()

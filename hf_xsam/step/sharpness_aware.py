@@ -1,7 +1,7 @@
 """X-SAM's optimizer steps: each replaces the gradient that the Trainer has accumulated by a sharpness-aware one."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from ..functional.power_iteration import first_vector, power_iteration
 from ..functional.tensors import dot, is_sharded, multiply, norm, scale, set_to_combination, wide_dtype
 from ..state import XSAMState
 from .curvature import Curvature
+from .deepspeed import engine_of
+from .deepspeed_window import EngineWindow
 from .double_backward import Method, obstacle_in_arguments
 from .echo import check_echo, marks_of
-from .gradients import gradient_norm, gradients, gradients_set_aside, with_gradient
+from .gradients import gradient_norm, gradients, with_gradient
 from .logs import RunningMeans, alignment
 from .modes import reshard
 from .precision import loss_scale
@@ -28,7 +30,7 @@ from .replay import StepAgain, Window
 from .scope import parameters_in_scope, trainable_parameters
 from .side_effects import Surroundings
 
-Parameters = Mapping[str, nn.Parameter]
+Parameters = Mapping[str, Tensor]  # or this process's parts of them
 
 
 class SharpnessAwareSteps:
@@ -61,6 +63,7 @@ class SharpnessAwareSteps:
         self.window: Window | None = None
         self.metrics = RunningMeans()
         self.method: Method | None = None
+        self._engine = engine_of(accelerator)  # DeepSpeed's, which holds the gradients
         self._rows_are_examples = rows_are_examples
         self._rows_add_up: bool | None = None  # whether the losses of a batch's rows do; found out at the first product
         self._checked = False  # whether a step run again was seen to be the same
@@ -76,7 +79,8 @@ class SharpnessAwareSteps:
             trainer: whose attributes the steps may change.
             step: counted from the first step that is X-SAM's.
         """
-        refuse_gradients_left(trainable_parameters(self.model))
+        if self._engine is None:
+            refuse_gradients_left(trainable_parameters(self.model))
         check_is_due = {"first": not self._checked, "every": True, "never": False}[self.config.replay_check]
         refresh_is_due = self.config.refreshes_at(step, self.state.refreshed_at)
         surroundings, marks = None, None
@@ -84,12 +88,14 @@ class SharpnessAwareSteps:
             surroundings = self._surroundings or Surroundings(self.model, self.args.device, trainer)
             marks = marks_of(surroundings) if check_is_due else None
             self._surroundings = surroundings
-        self.window = Window(training_step, self.accelerator, model, surroundings, marks)
+        kept = (training_step, self.accelerator, model, surroundings, marks)
+        self.window = Window(*kept) if self._engine is None else EngineWindow(*kept, engine=self._engine)
         return self.window
 
     def replace_gradient(self, window: Window, step: int) -> None:
         """Replace the window's gradient in `.grad` by X-SAM's, the corrected gradient d."""
-        trainable = trainable_parameters(self.model)
+        window.end()
+        trainable = self._trainable()
         if self._nothing_learnt(window, trainable):
             self.state.skipped_steps += 1
             return
@@ -116,8 +122,15 @@ class SharpnessAwareSteps:
         scope = self._parameters_in("eigen_scope")
         eigenvector = self.state.eigenvector_over(scope)
         factor = torch.tensor(signed_rho, dtype=eigenvector[0].real.dtype, device=eigenvector[0].device)
-        with perturbed(list(scope.values()), scale(factor, eigenvector)) as self._realised:
+        with self._perturbed(list(scope.values()), scale(factor, eigenvector)) as self._realised:
             yield
+
+    def abandon(self, model: nn.Module) -> None:
+        """Give up the optimizer step under way, after an exception: leave no gradient."""
+        self.window = None
+        model.zero_grad()
+        if self._engine is not None:
+            self._engine.drop_gradient()
 
     def forget(self) -> None:
         """Let go of the trainer that the steps were of."""
@@ -177,7 +190,7 @@ class SharpnessAwareSteps:
             product = self._product_from_both_sides(window, trainable, parameters, step)
             estimate = power_iteration(lambda _: product, start, 1, state.spectrum, momentum)
         else:
-            with gradients_set_aside(window.model):
+            with window.gradients_set_aside():
                 known = None if elsewhere else gradient
                 estimate = curvature.top_eigenpair(
                     start, config.power_iterations, state.spectrum, config.eigen_momentum, known
@@ -188,7 +201,7 @@ class SharpnessAwareSteps:
             return True
         return False
 
-    def _curvature(self, window: Window, parameters: Sequence[nn.Parameter], gradient: Sequence[Tensor]) -> Curvature:
+    def _curvature(self, window: Window, parameters: Sequence[Tensor], gradient: Sequence[Tensor]) -> Curvature:
         config = self.config
         rows_are_examples = self._rows_are_examples
         splits = rows_are_examples and config.eigen_batch_fraction < 1 and config.hvp != "finite_difference"
@@ -198,14 +211,16 @@ class SharpnessAwareSteps:
             rows_are_examples = self._rows_add_up
         loss = window.loss_of_part(config.eigen_batch_fraction, rows_are_examples, self._synchronizes)
         obstacle = obstacle_in_arguments(self.args)
-        curvature = Curvature(self.accelerator, self.model, parameters, loss, config.hvp, obstacle, self.method)
+        curvature = Curvature(
+            self.accelerator, self.model, parameters, loss, config.hvp, obstacle, self.method, self._perturbed
+        )
         if self.method is None:
-            with gradients_set_aside(window.model):
+            with window.gradients_set_aside():
                 self.method = curvature.choose_method(gradient)
         return curvature
 
     def _product_from_both_sides(
-        self, window: Window, trainable: Parameters, parameters: Sequence[nn.Parameter], step: int
+        self, window: Window, trainable: Parameters, parameters: Sequence[Tensor], step: int
     ) -> list[Tensor]:
         """Return H v = (g(w + eps) - g(w - eps)) / (2 s rho), eps = s * rho * v, from one more pass, at w - eps.
 
@@ -218,7 +233,7 @@ class SharpnessAwareSteps:
             step: X-SAM's.
         """
         there = gradients(parameters)
-        with gradients_set_aside(window.model):
+        with window.gradients_set_aside():
             with self.along_eigenvector(step, side=-1):
                 window.run()
             here = gradients(parameters)
@@ -252,7 +267,8 @@ class SharpnessAwareSteps:
         else:
             metrics = {"gradient_norm": gradient_norm(trainable) / scale}
             weights = list(self._parameters_in("perturb_scope").values())
-            with perturbed(weights, ascent_perturbation(weights, gradients(weights), rho, config.adaptive)) as realised:
+            eps = ascent_perturbation(weights, gradients(weights), rho, config.adaptive)
+            with self._perturbed(weights, eps) as realised:
                 metrics["perturbed_loss"] = window.run()
             metrics["sharpness"] = metrics["perturbed_loss"] - window.loss
         if realised is not None and rho > 0:
@@ -278,5 +294,12 @@ class SharpnessAwareSteps:
         set_to_combination(gradient, size, eigenvector, scale * change)
         return {"rayleigh_quotient": state.spectrum.eigenvalue, **alignment(along, length)}
 
-    def _parameters_in(self, field: str) -> dict[str, nn.Parameter]:
-        return parameters_in_scope(self.model, getattr(self.config, field), f"XSAMConfig.{field}")
+    def _trainable(self) -> Parameters:
+        return trainable_parameters(self.model) if self._engine is None else self._engine.parts
+
+    def _parameters_in(self, field: str) -> Parameters:
+        scope = parameters_in_scope(self.model, getattr(self.config, field), f"XSAMConfig.{field}")
+        return scope if self._engine is None else {name: self._engine.parts[name] for name in scope}
+
+    def _perturbed(self, weights: Sequence[Tensor], eps: Sequence[Tensor]) -> AbstractContextManager[Tensor | None]:
+        return perturbed(weights, eps) if self._engine is None else self._engine.perturbed(weights, eps)

@@ -99,6 +99,20 @@ def test_one_machine(texts, configuration, processes, parts):
     assert "top_eigenvalue" in result.stdout
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero(texts, stage, monkeypatch):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    overrides = ["--num_processes", "2", "--main_process_port", "0"]
+    arguments = command(f"zero{stage}", texts | {"bf16": "true"}, *overrides)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert check(texts, 2)["eigenvector_parts"] == 2
+    assert (Path(texts["output_dir"]) / "model.safetensors").exists()
+    assert "xsam/eigenvalue" in result.stdout
+    assert "Measure the saved model" in result.stderr  # in place of the final top eigenvalue
+
+
 def test_two_machines(texts):
     overrides = ["--num_processes", "2", "--main_process_port", free_port()]
     nodes = [
