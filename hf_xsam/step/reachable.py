@@ -34,6 +34,8 @@ STATEFUL = (
 NO_STATE = LIBRARIES | CONNECTED | sys.stdlib_module_names
 # What every module has, which passes do not change or which is put back elsewhere (modes, weights, buffers).
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# Transformers' mark that the first pass has hooked the modules whose outputs are recorded: the hooks stay, so it must.
+HOOKED = "_output_capturing_hooks_installed"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What cannot change within.
 CONSTANT = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
@@ -49,7 +51,8 @@ DEPTH = 6
 def counts(attribute: str) -> bool:
     """Return whether an attribute of a module or trainer may be a part of what training steps change."""
     ours = attribute.startswith(("_xsam", "xsam_")) or attribute == "log"  # which is replaced while passes run again
-    return not ours and attribute not in OF_EVERY_MODULE and not attribute.endswith("dataset")
+    of_libraries = attribute in OF_EVERY_MODULE or attribute == HOOKED
+    return not ours and not of_libraries and not attribute.endswith("dataset")
 
 
 def reachable(owners: Mapping[str, Any], left_out: Sequence[Any] = ()) -> Iterator[tuple[str, Any]]:

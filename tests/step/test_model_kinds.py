@@ -1,7 +1,6 @@
 """Kinds of models beyond text and image classification: at rho 0 the stock trainer's weights, above it X-SAM's step."""
 
 import logging
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -205,17 +204,7 @@ KINDS = {
     images_of_any_size: EXACT,
 }
 TO_SEQUENCES = (summarization, speech_to_text)
-# Later releases of transformers than 5.0 install their hooks for hidden states in the first pass, and mark the model.
-HOOKED = pytest.mark.xfail(
-    find_spec("transformers.utils.output_capturing") is not None,
-    reason="X-SAM takes the mark away between passes, but not the hooks, so that they are installed again",
-    strict=True,
-)
-EACH = pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=HOOKED if kind in (segmentation, image_and_text) else ()) for kind in KINDS],
-    ids=lambda kind: kind.__name__,
-)
+EACH = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 
 
 def train(kind, folder, config=None, **overrides):
