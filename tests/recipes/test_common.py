@@ -5,6 +5,7 @@ import image_classification
 import pytest
 import sft
 import text_classification
+from transformers import EarlyStoppingCallback
 
 from hf_xsam.sharpness import MeasureSettings, measure
 from tests.recipes import test_image_classification, test_language_models, test_text_classification
@@ -67,3 +68,5 @@ def test_early_stopping(recipe, options, trainers, mode):
     recipe.main(flags(options | each | stopping | {"optimizer_mode": mode}))
     (trainer,) = trainers
     assert trainer.state.global_step == 4
+    # It would warn in the evaluation on the test split, for want of its metric there.
+    assert not any(isinstance(callback, EarlyStoppingCallback) for callback in trainer.callback_handler.callbacks)
