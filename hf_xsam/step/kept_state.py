@@ -195,8 +195,8 @@ class KeptState:
         return parts + self._object(function)
 
     def _tensor(self, tensor: Tensor) -> Iterable[Any]:
-        trainable = isinstance(tensor, nn.Parameter) and tensor.requires_grad
-        if not trainable and tensor.grad_fn is None and tensor.numel() <= LARGEST_TENSOR:
+        weight = isinstance(tensor, nn.Parameter) and (tensor.requires_grad or not tensor.is_floating_point())
+        if not weight and tensor.grad_fn is None and tensor.numel() <= LARGEST_TENSOR:
             self._found.append(tensor)
         return ()
 

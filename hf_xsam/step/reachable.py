@@ -12,14 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# Packages whose objects and functions hold no state of their own that a training step changes.
+# Packages whose objects and functions hold no state that a training step changes, wherever they are installed. Those of
+# all others that are installed may hold it with what cannot be put back: memory of their own, connections, threads.
 LIBRARIES = frozenset(
     ("torch", "transformers", "accelerate", "hf_xsam", "trl", "peft", "datasets", "numpy", "builtins", "tokenizers")
 )
-# Of these it is held with what cannot be put back: connections, threads, files.
-CONNECTED = frozenset(
-    ("wandb", "mlflow", "tensorboard", "tensorboardX", "comet_ml", "neptune", "ray", "deepspeed", "tqdm", "pyarrow")
-)
+INSTALLED = ("site-packages", "dist-packages")
 # Modules and classes of libraries, and of Python, whose objects do: caches of keys and values, namespaces, the list of
 # the user's callbacks.
 STATEFUL = (
@@ -31,7 +29,6 @@ STATEFUL = (
     "argparse.",
     "weakref.",
 )
-NO_STATE = LIBRARIES | CONNECTED | sys.stdlib_module_names
 # What every module has, which passes do not change or which is put back elsewhere (modes, weights, buffers).
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Transformers' mark that the first pass has hooked the modules whose outputs are recorded: the hooks stay, so it must.
@@ -78,7 +75,14 @@ def is_library(defined: Any) -> bool:
     """Return whether a class or function is of a library, or of Python's, whose objects hold no state that counts."""
     module = str(getattr(defined, "__module__", None) or "")
     package, name = module.split(".")[0], f"{module}.{getattr(defined, '__qualname__', '')}"
-    return package in NO_STATE and not name.startswith(STATEFUL)
+    return _is_installed(package) and not name.startswith(STATEFUL)
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    module = sys.modules.get(package)
+    places = f"{getattr(module, '__file__', '')} {list(getattr(module, '__path__', []))}"
+    return package in LIBRARIES | sys.stdlib_module_names or any(folder in places for folder in INSTALLED)
 
 
 def slots_of(value: Any) -> tuple[MemberDescriptorType, ...]:

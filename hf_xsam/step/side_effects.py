@@ -35,7 +35,9 @@ class Surroundings:
         self._generators = {id(generator): generator for generator in private_generators(self.owners)}
         trainable = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
         modules = [owner for owner in self.owners.values() if isinstance(owner, nn.Module)]
-        others = [p for module in modules for p in module.parameters(recurse=False) if id(p) not in trainable]
+        frozen = (p for module in modules for p in module.parameters(recurse=False) if id(p) not in trainable)
+        # Quantized weights are of classes of their own: they are only read, or repacked with state beside them.
+        others = [p for p in frozen if type(p) is nn.Parameter and p.is_floating_point()]
         self._trainable = MovingWeights(trainable.values())
         self._frozen = FrozenWeights(others, sum(parameter.nbytes for parameter in trainable.values()))
         self._start: KeptTensors | None = None
