@@ -63,19 +63,21 @@ def exact_hessian_vector_product(
     Args:
         losses: computes the loss terms of L afresh, each with its graph.
         parameters: what to differentiate with respect to; one that L does not use has a zero row in H.
-        keep_graph: build the gradient's graph once, for all products. It saves a forward and a backward pass a
-            product, and holds the graphs of all terms at the same time.
+        keep_graph: build the gradient's graph once, in the first product, for all of them. It saves a forward and a
+            backward pass a product, and holds the graphs of all terms at the same time.
     """
 
     def terms() -> Iterable[dict[int, tuple[GradientEdge, torch.dtype]]]:
         # Not a loop, which would hold on to a loss, and its graph, while the next one is computed.
         return map(partial(_gradient_edges, parameters=parameters), losses())
 
-    kept = list(terms()) if keep_graph else None
+    kept: list[dict[int, tuple[GradientEdge, torch.dtype]]] = []
 
     def product(vector: Sequence[Tensor]) -> list[Tensor]:
         total = [torch.zeros_like(x) for x in vector]
-        for edges in terms() if kept is None else kept:
+        if keep_graph and not kept:
+            kept.extend(terms())
+        for edges in kept if keep_graph else terms():
             outputs = [edge for edge, _ in edges.values()]
             along = [vector[index].to(dtype) for index, (_, dtype) in edges.items()]
             if outputs:
