@@ -16,11 +16,11 @@ import matplotlib
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
+from modes import ALL_MODES
 from pages import filled
 from records import RESULTS, load
 from scipy import stats
 from tasks import TASKS
-from training import ALL_MODES
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import preparing
 import protocol
 import psutil
 import pytest
@@ -20,10 +21,11 @@ import run
 import tasks
 import training
 from cost import CostJob, long_epochs, operations
+from modes import ALL_MODES, MODES
 from protocol import chosen_settings, is_done, reporting_jobs, tuning_jobs
 from records import RESULTS, file_of, load, save
 from scipy import stats
-from training import ALL_MODES, MODES, Job
+from training import Job
 
 ROOT = Path(__file__).parents[2]
 DIGITS = tasks.TASKS["digits_cnn"]
@@ -83,12 +85,24 @@ class TestJobs:
         assert {job.mode: job.epochs for job in jobs} == {"sam": 40, "stock_long": 180, "sam_long": 90}
         assert long_epochs(1, "sam_long", cost) == 2.25
 
-    def test_the_corrections_keep_the_library_s_eigenvector_and_differ_from_sam_alone(self):
+    def test_modes_keep_the_library_s_defaults_but_for_what_they_name(self):
         default = training.XSAMConfig().to_dict()
-        for mode, fields in MODES.items():
-            if fields is not None:
-                xsam = Job("digits_cnn", "fixed", mode, 0, 0.05, 0.1, 40).settings()["xsam"]
-                assert xsam == {**{name: default[name] for name in xsam}, "rho": 0.1, **fields}
+        for mode, kind in MODES.items():
+            if kind.xsam is not None:
+                xsam = Job("digits_cnn_wrong40", "fixed", mode, 0, 0.05, 0.1, 40).settings()["xsam"]
+                assert xsam.pop("direction", None) == ("random" if kind.random else None)
+                assert xsam == {**{name: default[name] for name in xsam}, "rho": 0.1, **kind.xsam}
+
+    def test_the_first_tasks_keep_the_estimate_of_their_results(self):
+        for name in ("digits_cnn", "movies", "movie_text_lora"):
+            xsam = Job(name, "fixed", "paper", 0, 0.05, 0.1, 1).settings()["xsam"]
+            assert xsam.items() >= tasks.FIRST_ESTIMATE.items()
+
+    def test_a_mode_s_radii_are_multiples_of_sam_s(self):
+        task = tasks.TASKS["digits_cnn_wrong40"]
+        for mode, factor in {"sam": 1, "paper_random": 1, "one_pass_late_0.7": 5, "one_pass_random": 10}.items():
+            tried = {rho for _, rho in protocol.grid(task, mode)}
+            assert tried == {0.05 * factor, 0.1 * factor, 0.2 * factor}
 
     def test_seeds_for_tuning_are_not_reported(self, capsys):
         with pytest.raises(SystemExit):
@@ -188,13 +202,13 @@ def save_many(name, results):
 
 def test_wrong_labels():
     labels = np.random.default_rng(0).integers(0, 10, 1077).tolist()
-    changed = tasks.with_wrong_labels(labels, 0.1, 10, seed=1)
+    changed = preparing.with_wrong_labels(labels, 0.1, 10, seed=1)
     assert sum(a != b for a, b in zip(labels, changed, strict=True)) == 108
     assert set(changed) == set(range(10))
-    assert changed == tasks.with_wrong_labels(labels, 0.1, 10, seed=1)
-    assert changed != tasks.with_wrong_labels(labels, 0.1, 10, seed=2)
-    assert tasks.with_wrong_labels([0, 1, 1, 0], 1.0, 2, seed=0) == [1, 0, 0, 1]
-    assert tasks.with_wrong_labels(labels, 0.0, 10, seed=1) == labels
+    assert changed == preparing.with_wrong_labels(labels, 0.1, 10, seed=1)
+    assert changed != preparing.with_wrong_labels(labels, 0.1, 10, seed=2)
+    assert preparing.with_wrong_labels([0, 1, 1, 0], 1.0, 2, seed=0) == [1, 0, 0, 1]
+    assert preparing.with_wrong_labels(labels, 0.0, 10, seed=1) == labels
 
 
 class TestReport:
@@ -386,5 +400,8 @@ def test_the_cost_of_a_step_counts_both_passes_of_sam():
 
 
 def test_default_modes():
-    assert protocol.default_modes(DIGITS) == ALL_MODES
+    assert set(protocol.default_modes(DIGITS)) == set(tasks.MODES_OF_FIRST_TASKS)
     assert "paper_norm_kept" not in protocol.default_modes(tasks.TASKS["movies"])
+    for task in tasks.TASKS.values():
+        assert set(task.modes) <= set(ALL_MODES)
+    assert set(protocol.default_modes(tasks.TASKS["digits_vit_wrong40"])) == set(tasks.MODES_OF_LATER_TASKS)
