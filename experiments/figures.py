@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
-from intervals import mean_and_deviation
+from gains import price
+from intervals import mean_and_deviation, paired_difference
 from tables import EIGENVALUE, Runs, metric_of, values
 from tasks import TASKS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+
+FAMILIES = {"stock": "tab:gray", "sam": "tab:blue", "one_pass": "tab:green", "paper": "tab:red"}  # others are orange
 
 
 def draw(found: Mapping[tuple[str, str], Runs], path: Path) -> None:
@@ -28,5 +31,28 @@ def draw(found: Mapping[tuple[str, str], Runs], path: Path) -> None:
             axis.set_ylabel(label)
         axes[1, column].set_yscale("log", nonpositive="clip")
         axes[0, column].set_title(f"{task}, {part}")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def draw_gains(found: Mapping[str, Runs], path: Path) -> None:
+    """Draw the gain of every mode over the stock optimizer, with its interval, against its price; a panel a task."""
+    pyplot.rcParams["svg.hashsalt"] = "hf_xsam"
+    figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 4.5), squeeze=False, layout="constrained")
+    for axis, (task, runs) in zip(axes[0], found.items(), strict=True):
+        stock = values(runs["stock"], *metric_of(task))
+        for mode, records in runs.items():
+            if mode == "stock":
+                continue
+            difference = paired_difference(values(records, *metric_of(task)), stock)
+            color = next((FAMILIES[name] for name in FAMILIES if mode.startswith(name)), "tab:orange")
+            span = [[difference.mean - difference.low], [difference.high - difference.mean]]
+            axis.errorbar(price(runs, mode), difference.mean, span, fmt="o", color=color, markersize=4, alpha=0.7)
+            place = price(runs, mode), difference.mean
+            axis.annotate(mode, place, xytext=(4, 4), textcoords="offset points", fontsize=7, color=color)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xlabel("training time relative to the stock Trainer")
+        axis.set_ylabel(f"test {TASKS[task].metric}, gain over the stock Trainer")
+        axis.set_title(task)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

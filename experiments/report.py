@@ -13,14 +13,17 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 from claims import CLAIMS, claim_rows, overview, short
-from figures import draw
+from decision import decisions
+from figures import draw, draw_gains
+from gains import gains
 from pages import filled
 from records import RESULTS, load
 from tables import Runs, cost_rows, runs_of, summary, table
 from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
-FIGURE = "results.svg"
+FIGURE, GAINS = "results.svg", "gains.svg"
+Found = Mapping[tuple[str, str], Runs]  # by task and settings
 PARTS = {"tuned": "each mode's own settings", "fixed": "the same settings for all"}
 
 
@@ -30,17 +33,28 @@ def load_all(results: Path) -> dict[tuple[str, str], Runs]:
     return {(task, part): runs for task in TASKS for part in PARTS if (runs := runs_of(records[task], part))}
 
 
-def report(found: Mapping[tuple[str, str], Runs], results: Path) -> str:
-    """Return all tables, with a link to the figure."""
-    if not found:
+def first_tasks(found: Found) -> Found:
+    """Return the runs of the first tasks, which have tables of their own."""
+    return {key: runs for key, runs in found.items() if not TASKS[key[0]].watched}
+
+
+def later_tasks(found: Found) -> dict[str, Runs]:
+    """Return the tuned runs of the later tasks, those with wrong labels."""
+    return {task: runs for (task, part), runs in found.items() if TASKS[task].watched and part == "tuned"}
+
+
+def report(found: Found, results: Path) -> str:
+    """Return all tables of the first tasks, with a link to the figure, and the cost of a step in all tasks."""
+    first = first_tasks(found)
+    if not first:
         return "There are no results yet."
     parts = ["### The claims"]
     head = ["task", "settings", "difference", "of", "mean [95% interval]", "n", "verdict", "claim holds"]
     for number, claim in enumerate(CLAIMS, 1):
-        rows = claim_rows(claim, found)
+        rows = claim_rows(claim, first)
         parts += [f"{number}. {claim.text}:", table(head, rows) if rows else "No runs of these modes yet."]
     parts.append(f"![Test metric and top eigenvalue of every run]({FIGURE})")
-    for (task, part), runs in found.items():
+    for (task, part), runs in first.items():
         parts += [f"### {task}, {PARTS[part]}", summary(task, runs)]
     if rows := cost_rows(results):
         head = ["task", "mode", "CPU s a step", "relative", "forward and backward passes a step"]
@@ -48,13 +62,25 @@ def report(found: Mapping[tuple[str, str], Runs], results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def pages(found: Mapping[tuple[str, str], Runs], results: Path, root: Path) -> dict[Path, str]:
+def wrong_labels(found: Found) -> str:
+    """Return all tables of the tasks with wrong labels."""
+    tables = [f"### {task}\n\n{gains(task, runs)}" for task, runs in later_tasks(found).items()]
+    return "\n\n".join(tables) or "There are no results yet."
+
+
+def pages(found: Found, results: Path, root: Path) -> dict[Path, str]:
     """Return the pages under `root` that have tables of the results, with these made anew."""
-    all_tables, first_page = root / "experiments" / "README.md", root / "README.md"
-    tables = {"results": report(found, results), "overview": overview(found)}
+    tables = {
+        root / "experiments" / "README.md": {
+            "results": report(found, results),
+            "overview": overview(found),
+            "wrong_labels": wrong_labels(found),
+        },
+        root / "README.md": {"experiments": short(found)},
+        root / "docs" / "when-to-use.md": {"decisions": decisions(found)},
+    }
     return {
-        all_tables: filled(all_tables, {name: f"\n{text}\n" for name, text in tables.items()}),
-        first_page: filled(first_page, {"experiments": f"\n{short(found)}\n"}),
+        page: filled(page, {name: f"\n{text}\n" for name, text in of_page.items()}) for page, of_page in tables.items()
     }
 
 
@@ -62,19 +88,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the two pages (%(default)s)")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of the pages (%(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the results, write both pages and the figure."""
+    """Read the results, write the pages and the figures."""
     options = parse(argv)
     found = load_all(options.results)
     for page, text in pages(found, options.results, options.root).items():
         page.write_text(text, encoding="utf-8")
         print(f"Wrote {page}.")
-    if found:
-        draw(found, options.root / "experiments" / FIGURE)
+    if first := first_tasks(found):
+        draw(first, options.root / "experiments" / FIGURE)
+    if later := {task: runs for task, runs in later_tasks(found).items() if "stock" in runs}:
+        draw_gains(later, options.root / "experiments" / GAINS)
 
 
 if __name__ == "__main__":

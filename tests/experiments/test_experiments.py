@@ -272,9 +272,13 @@ class TestReport:
     def test_the_page(self, tmp_path):
         results, page = tmp_path / "results", tmp_path / "experiments" / "README.md"
         page.parent.mkdir()
-        old = "<!-- overview: begin --><!-- overview: end -->\n<!-- results: begin -->\nold\n<!-- results: end -->"
+        empty = "<!-- {0}: begin --><!-- {0}: end -->"
+        old = "\n".join(map(empty.format, ("overview", "wrong_labels")))
+        old += "\n<!-- results: begin -->\nold\n<!-- results: end -->"
         page.write_text(f"before\n{old}\nafter\n")
-        (tmp_path / "README.md").write_text("<!-- experiments: begin --><!-- experiments: end -->")
+        (tmp_path / "README.md").write_text(empty.format("experiments"))
+        (tmp_path / "docs").mkdir()
+        (tmp_path / "docs" / "when-to-use.md").write_text(empty.format("decisions"))
         arguments = ["--results", str(results), "--root", str(tmp_path)]
         report.main(arguments)
         assert "There are no results yet." in page.read_text()
