@@ -6,6 +6,7 @@ from functools import partial
 import damage
 import numpy as np
 import pytest
+import tasks
 import torch
 import watching
 from preparing import SmallCNN
@@ -126,3 +127,18 @@ class TestWatchedRun:
         tuning = Job("digits_cnn_wrong40", "tuning", "one_pass_random", 0, 0.05, 1.0, 2).run()
         assert set(tuning["metrics"]) == {"validation"}
         np.testing.assert_equal(tuning["metrics"]["validation"], record["metrics"]["validation"])
+
+
+@pytest.mark.slow
+def test_movies_memorized():
+    prepared = tasks.TASKS["movies_memorized"].prepare(3)
+    sizes = {name: len(split) for name, split in prepared.splits.items()}
+    assert sizes == {"train": 400, "validation": 500, "test": 500, "elsewhere": 500}
+    again = tasks.TASKS["movies_memorized"].prepare(3)
+    assert prepared.splits["elsewhere"][:5] == again.splits["elsewhere"][:5]
+    clean = prepared.splits["validation"]["labels"]
+    wrong = sum(a != b for a, b in zip(clean, prepared.wrong_labels, strict=True))
+    assert wrong == 0.3 * 500
+    assert 0.2 < np.mean(prepared.splits["elsewhere"]["labels"]) < 0.8
+    tokens = [set(map(tuple, split["input_ids"])) for split in (prepared.splits["test"], prepared.splits["elsewhere"])]
+    assert not tokens[0] & tokens[1]
