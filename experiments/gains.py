@@ -195,3 +195,38 @@ def gains(task: str, runs: Runs) -> str:
     if any("elsewhere" in record["metrics"] for records in runs.values() for record in records.values()):
         sections["Accuracy on reviews of products"] = score_table(runs, "accuracy", "metrics", "elsewhere", "accuracy")
     return "\n\n".join([chosen(runs), *(f"*{name}*\n\n{text}" for name, text in sections.items())])
+
+
+FIRST_PAGE = {
+    "stock": "stock Trainer",
+    "stock_long": "stock Trainer, in X-SAM's time",
+    "sam": "SAM",
+    "one_pass": "one pass",
+    "paper": "X-SAM, `paper`",
+}
+SHORT_TITLES = {
+    "digits_cnn_wrong40": "CNN, 40% wrong",
+    "digits_cnn_wrong60": "CNN, 60% wrong",
+    "digits_vit_wrong40": "small ViT, 40% wrong",
+    "movies_memorized": "MiniLM, 30% wrong",
+}
+
+
+def short_gains(found: Mapping[str, Runs]) -> str:
+    """Return the table of README.md: mean test accuracy, then price, of a few modes; "" without five seeds of each."""
+    complete = {task: runs for task, runs in found.items() if all(len(runs.get(mode, {})) >= 5 for mode in FIRST_PAGE)}
+    rows = {label: [] for label in FIRST_PAGE.values()}
+    stopped = {
+        split: f"stock Trainer, best epoch on {kind} validation labels"
+        for split, kind in ((WRONG, "wrong"), (CLEAN, "clean"))
+    }
+    rows |= {label: [] for label in stopped.values()}
+    for task, runs in complete.items():
+        for mode, label in FIRST_PAGE.items():
+            average, _ = mean_and_deviation(values(runs[mode], *metric_of(task)).values())
+            rows[label].append(f"{average:.3f}, {price(runs, mode):.1f}x")
+        for split, label in stopped.items():
+            average, _ = mean_and_deviation(stopped_early(runs["stock"], split).values())
+            rows[label].append(f"{average:.3f}, 1.0x")
+    titles = [SHORT_TITLES[task] for task in complete]
+    return table(["", *titles], [[label, *cells] for label, cells in rows.items()]) if complete else ""

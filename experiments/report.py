@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from claims import CLAIMS, claim_rows, overview, short
 from decision import decisions
 from figures import draw, draw_gains
-from gains import gains
+from gains import gains, short_gains
 from pages import filled
 from records import RESULTS, load
 from tables import Runs, cost_rows, runs_of, summary, table
@@ -68,6 +68,13 @@ def wrong_labels(found: Found) -> str:
     return "\n\n".join(tables) or "There are no results yet."
 
 
+def first_page(found: Found) -> str:
+    """Return the main README's table of the tasks with wrong labels, and the figure of gain and price."""
+    text = short_gains(later_tasks(found))
+    figure = f"![Gain in test accuracy over the stock Trainer, against training time](experiments/{GAINS})"
+    return f"{text}\n\n{figure}" if text else "There are no results yet."
+
+
 def pages(found: Found, results: Path, root: Path) -> dict[Path, str]:
     """Return the pages under `root` that have tables of the results, with these made anew."""
     tables = {
@@ -76,7 +83,7 @@ def pages(found: Found, results: Path, root: Path) -> dict[Path, str]:
             "overview": overview(found),
             "wrong_labels": wrong_labels(found),
         },
-        root / "README.md": {"experiments": short(found)},
+        root / "README.md": {"experiments": short(found), "wrong_labels": first_page(found)},
         root / "docs" / "when-to-use.md": {"decisions": decisions(found)},
     }
     return {

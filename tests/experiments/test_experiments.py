@@ -276,7 +276,7 @@ class TestReport:
         old = "\n".join(map(empty.format, ("overview", "wrong_labels")))
         old += "\n<!-- results: begin -->\nold\n<!-- results: end -->"
         page.write_text(f"before\n{old}\nafter\n")
-        (tmp_path / "README.md").write_text(empty.format("experiments"))
+        (tmp_path / "README.md").write_text(empty.format("experiments") + empty.format("wrong_labels"))
         (tmp_path / "docs").mkdir()
         (tmp_path / "docs" / "when-to-use.md").write_text(empty.format("decisions"))
         arguments = ["--results", str(results), "--root", str(tmp_path)]

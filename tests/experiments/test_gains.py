@@ -1,6 +1,7 @@
 """The tables of the tasks with wrong labels, and the table of decisions, from made-up results."""
 
 import decision
+import figures
 import gains
 import intervals
 import pytest
@@ -107,6 +108,24 @@ def test_damage(runs):
     assert change["`sam`"][3] == "-0.21300 ± 0.00040"  # a quarter of 0.8520 ± 0.0016
     before_and_after = {row[0]: row[1:3] for row in rows(gains.damage_table(runs))}
     assert before_and_after["`sam`"] == ["0.1480 ± 0.0016, 0.8520 ± 0.0016", "2 ± 0, 0.6390 ± 0.0012"]
+
+
+def test_the_first_page_has_tasks_with_five_seeds_of_each_mode(results, runs):
+    head, _, *lines = report.first_page({(TASK, "tuned"): runs}).splitlines()
+    assert head == "|  | CNN, 40% wrong |"
+    assert lines[0] == "| stock Trainer | 0.702, 1.0x |"
+    assert lines[5] == "| stock Trainer, best epoch on wrong validation labels | 0.800, 1.0x |"
+    del runs["sam"][3]
+    assert report.first_page({(TASK, "tuned"): runs}) == "There are no results yet."
+
+
+def test_the_figure(runs, tmp_path):
+    figures.draw_gains({TASK: runs}, tmp_path / "gains.svg")
+    drawn = (tmp_path / "gains.svg").read_text()
+    figures.draw_gains({TASK: runs}, tmp_path / "again.svg")
+    assert "<!-- one_pass -->" in drawn
+    assert "<!-- stock -->" not in drawn
+    assert (tmp_path / "again.svg").read_text() == drawn
 
 
 def test_all_tables(runs):
