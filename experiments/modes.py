@@ -34,8 +34,7 @@ PAPER = {"correction": "paper", "alpha": 0.2, "normalize_gradient": True}
 PROJECTION = {"correction": "projection", "alpha": 0.2, "normalize_gradient": False}
 SAM = {"alpha": 0.0}
 ONE_PASS = {"perturbation": "eigenvector", "alpha": 0.0, "eigen_warmup_steps": 0}
-# The best rho along v was about 5 times SAM's; a random direction meets less curvature, and bears a longer one.
-ALONG_V, ALONG_RANDOM = 5.0, 10.0
+ALONG_V = 5.0  # the best rho along v was about 5 times SAM's
 LATE = (0.5, 0.7, 0.9)  # shares of all steps that are the stock Trainer's
 
 MODES: dict[str, Mode] = {
@@ -53,7 +52,7 @@ MODES: dict[str, Mode] = {
     **{f"one_pass_late_{start}": Mode({**ONE_PASS, "start_step": start}, rho_factor=ALONG_V) for start in LATE},
     "paper_random": Mode(PAPER, random=True),
     "projection_random": Mode(PROJECTION, random=True),
-    "one_pass_random": Mode(ONE_PASS, random=True, rho_factor=ALONG_RANDOM),
+    "one_pass_random": Mode(ONE_PASS, random=True, rho_factor=ALONG_V),
 }
 LONG = "_long"  # "stock_long", "sam_long": as many steps of that mode as cost what X-SAM's run costs
 ALL_MODES = [*MODES, "stock" + LONG, "sam" + LONG]
