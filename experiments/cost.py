@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from modes import LONG
 from tasks import TASKS
 from torch.utils.flop_counter import FlopCounterMode
-from training import LONG, Job, StepGauge, build_trainer, provenance, training_arguments
+from training import Job, StepGauge, build_trainer, provenance, training_arguments
 
 MEASURED = ("stock", "sam", "paper")  # the other corrections cost what the paper's does
 ROUNDS = 3

@@ -6,21 +6,32 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cost import CostJob, long_epochs
+from modes import ALL_MODES, LONG, MODES
 from records import file_of, load
 from tasks import TASKS, Task
-from training import ALL_MODES, LONG, MODES, Job
+from training import Job
 
 
 def default_modes(task: Task) -> list[str]:
-    """Return the modes run when none is named: Adam divides the gradient's scale out, so "paper" is enough there."""
-    return [mode for mode in ALL_MODES if mode != "paper_norm_kept" or task.arguments.get("optim") == "sgd"]
+    """Return the modes run when none is named, in their order.
+
+    Adam divides the gradient's scale out, so "paper" is enough there.
+    """
+    left_out = () if task.arguments.get("optim") == "sgd" else ("paper_norm_kept",)
+    return [mode for mode in ALL_MODES if mode in task.modes and mode not in left_out]
+
+
+def radius(rho: float, mode: str) -> float | None:
+    """Return a mode's radius where SAM's is `rho`; None for the stock optimizer, which has none."""
+    kind = MODES[mode]
+    return None if kind.xsam is None else float(f"{rho * kind.rho_factor:g}")
 
 
 def grid(task: Task, mode: str) -> list[tuple[float, float | None]]:
     """Return the learning rates and rhos tried for a mode; as many points for each."""
     if mode == "stock":
         return [(rate, None) for rate in task.stock_learning_rates]
-    return [(rate, rho) for rate in task.learning_rates for rho in task.rhos]
+    return [(rate, radius(rho, mode)) for rate in task.learning_rates for rho in task.rhos]
 
 
 def tuning_jobs(name: str, modes: Iterable[str], epochs: float | None = None) -> list[Job]:
@@ -83,7 +94,7 @@ def reporting_jobs(
     found: dict[str, tuple[float, float | None, float]] = {}
     for mode in modes:
         base = mode.removesuffix(LONG)
-        point: tuple[float, float | None] | None = (task.learning_rate, None if base == "stock" else task.rho)
+        point: tuple[float, float | None] | None = (task.learning_rate, radius(task.rho, base))
         if part == "tuned":
             point = chosen_settings(tuning_jobs(name, [base], epochs), results, task)
         if point is not None and (mode == base or cost):

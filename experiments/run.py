@@ -27,10 +27,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from cost import CostJob
+from modes import ALL_MODES, LONG
 from protocol import default_modes, is_done, reporting_jobs, tuning_jobs
 from records import RESULTS, load, save
 from tasks import TASKS
-from training import ALL_MODES, LONG, Job
+from training import Job
 
 AnyJob = Job | CostJob
 

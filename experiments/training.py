@@ -12,26 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from damage import scores_after_damage
+from modes import LONG, MODES, RandomDirectionTrainer
 from tasks import TASKS, Prepared, Task
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from watching import Watch, collated, scores_of
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.sharpness import MeasureSettings, measure
 
-# XSAMConfig's fields of each mode, None for the stock Trainer. The corrections keep the gradient's norm, so that they
-# differ from SAM along the eigenvector alone; "paper" is Eq. 11 as published, which sets the norm to about 1.
-MODES: dict[str, dict[str, Any] | None] = {
-    "stock": None,
-    "sam": {"alpha": 0.0},
-    "paper": {"correction": "paper", "alpha": 0.2, "normalize_gradient": True},
-    "paper_norm_kept": {"correction": "paper", "alpha": 0.2, "normalize_gradient": False},
-    "projection": {"correction": "projection", "alpha": 0.2, "normalize_gradient": False},
-    "aligned_0.5": {"correction": "aligned", "alpha": 0.5, "normalize_gradient": False},
-    "aligned_1": {"correction": "aligned", "alpha": 1.0, "normalize_gradient": False},
-    "aligned_2": {"correction": "aligned", "alpha": 2.0, "normalize_gradient": False},
-}
-LONG = "_long"  # "stock_long", "sam_long": as many steps of that mode as cost what X-SAM's run costs
-ALL_MODES = [*MODES, "stock" + LONG, "sam" + LONG]
+WATCHED = ("validation", "test")  # the splits that a watched task is scored on after each epoch
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "scikit-learn", "scipy", "numpy")
 
 
@@ -68,10 +58,10 @@ class Job:
         return f"{self.part}/{self.mode}/{name}"
 
     def xsam_config(self) -> XSAMConfig | None:
-        """Return X-SAM's settings; the eigenvector's are the library's defaults."""
-        fields = MODES[self.mode.removesuffix(LONG)]
+        """Return X-SAM's settings: the library's defaults but for the task's and the mode's."""
+        fields = MODES[self.mode.removesuffix(LONG)].xsam
         settings = {"rho": self.rho, "replay_check": "never", **TASKS[self.task].xsam}
-        return None if fields is None else XSAMConfig(**settings, **fields)
+        return None if fields is None else XSAMConfig(**{**settings, **fields})
 
     def settings(self) -> dict[str, Any]:
         """Return all that decides the run's outcome besides its seed, as JSON gives it back."""
@@ -83,6 +73,8 @@ class Job:
             # Fields that came after the first results: none of their defaults changes a step.
             later = {"perturbation": "gradient", "start_step": 0}
             xsam = {name: value for name, value in xsam.items() if later.get(name, ...) != value}
+            if MODES[self.mode.removesuffix(LONG)].random:
+                xsam["direction"] = "random"
         return {
             "learning_rate": self.learning_rate,
             "epochs": self.epochs,
@@ -101,11 +93,19 @@ class Job:
         prepared = task.prepare(self.seed)
         with TemporaryDirectory() as folder:
             trainer = build_trainer(self, prepared, training_arguments(self, folder))
+            watched = task.watched and self.part != "tuning"
+            sets = {name: collated(trainer, prepared.splits[name]) for name in WATCHED if watched}
+            watch = Watch(sets, prepared.wrong_labels)
+            trainer.add_callback(watch)
             forward_passes = ForwardPasses(prepared.model)
             start, cpu_start = time.monotonic(), time.process_time()
             trainer.train()
-            cost = {"train_seconds": time.monotonic() - start, "train_cpu_seconds": time.process_time() - cpu_start}
-            cost |= {"steps": trainer.state.global_step, "forward_passes": forward_passes.stop()}
+            cost = {
+                "train_seconds": time.monotonic() - start - watch.seconds,
+                "train_cpu_seconds": time.process_time() - cpu_start - watch.cpu_seconds,
+                "steps": trainer.state.global_step,
+                "forward_passes": forward_passes.stop() - watch.forward_passes,
+            }
             metrics = {"validation": evaluate(trainer, prepared.splits["validation"], task)}
             if self.part != "tuning":
                 sample = first(prepared.splits["train"], task.train_sample)
@@ -113,6 +113,13 @@ class Job:
                 metrics |= {"train": evaluate(trainer, sample, task)}
                 metrics["loss_gap"] = metrics["test"]["loss"] - metrics["train"]["loss"]
                 metrics["top_eigenvalue"] = top_eigenvalue(trainer, task)
+            if watched:
+                metrics["test"]["ece"] = scores_of(prepared.model, sets["test"])["ece"]
+                metrics["epochs"] = watch.curves
+                metrics["damage"] = scores_after_damage(prepared.model, sets["test"], self.seed)
+                if "elsewhere" in prepared.splits:
+                    batches = collated(trainer, prepared.splits["elsewhere"])
+                    metrics["elsewhere"] = scores_of(prepared.model, batches)
         return {
             "task": self.task,
             "part": self.part,
@@ -148,7 +155,8 @@ def build_trainer(job: Job, prepared: Prepared, args: TrainingArguments, **setti
     task, config = TASKS[job.task], job.xsam_config()
     settings |= {"model": prepared.model, "args": args, "train_dataset": prepared.splits["train"]}
     settings |= prepared.settings
-    trainer = Trainer(**settings) if config is None else XSAMTrainer(xsam_config=config, **settings)
+    kind = RandomDirectionTrainer if MODES[job.mode.removesuffix(LONG)].random else XSAMTrainer
+    trainer = Trainer(**settings) if config is None else kind(xsam_config=config, **settings)
     if task.mean_loss:
         trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)

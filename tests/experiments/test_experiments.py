@@ -11,19 +11,24 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import claims
+import intervals
 import numpy as np
+import preparing
 import protocol
 import psutil
 import pytest
 import report
 import run
+import tables
 import tasks
 import training
 from cost import CostJob, long_epochs, operations
+from modes import ALL_MODES, MODES
 from protocol import chosen_settings, is_done, reporting_jobs, tuning_jobs
 from records import RESULTS, file_of, load, save
 from scipy import stats
-from training import ALL_MODES, MODES, Job
+from training import Job
 
 ROOT = Path(__file__).parents[2]
 DIGITS = tasks.TASKS["digits_cnn"]
@@ -61,7 +66,8 @@ class TestJobs:
     @pytest.mark.parametrize("name", tasks.TASKS)
     def test_each_mode_is_tuned_with_as_many_runs(self, name):
         jobs = tuning_jobs(name, ALL_MODES)
-        assert set(Counter(job.mode for job in jobs).values()) == {6 * len(tasks.TASKS[name].tuning_seeds)}
+        points = len(tasks.TASKS[name].stock_learning_rates)
+        assert set(Counter(job.mode for job in jobs).values()) == {points * len(tasks.TASKS[name].tuning_seeds)}
         assert {job.mode for job in jobs} == set(MODES)
         assert len({job.key for job in jobs}) == len(jobs)
 
@@ -83,12 +89,24 @@ class TestJobs:
         assert {job.mode: job.epochs for job in jobs} == {"sam": 40, "stock_long": 180, "sam_long": 90}
         assert long_epochs(1, "sam_long", cost) == 2.25
 
-    def test_the_corrections_keep_the_library_s_eigenvector_and_differ_from_sam_alone(self):
+    def test_modes_keep_the_library_s_defaults_but_for_what_they_name(self):
         default = training.XSAMConfig().to_dict()
-        for mode, fields in MODES.items():
-            if fields is not None:
-                xsam = Job("digits_cnn", "fixed", mode, 0, 0.05, 0.1, 40).settings()["xsam"]
-                assert xsam == {**{name: default[name] for name in xsam}, "rho": 0.1, **fields}
+        for mode, kind in MODES.items():
+            if kind.xsam is not None:
+                xsam = Job("digits_cnn_wrong40", "fixed", mode, 0, 0.05, 0.1, 40).settings()["xsam"]
+                assert xsam.pop("direction", None) == ("random" if kind.random else None)
+                assert xsam == {**{name: default[name] for name in xsam}, "rho": 0.1, **kind.xsam}
+
+    def test_the_first_tasks_keep_the_estimate_of_their_results(self):
+        for name in ("digits_cnn", "movies", "movie_text_lora"):
+            xsam = Job(name, "fixed", "paper", 0, 0.05, 0.1, 1).settings()["xsam"]
+            assert xsam.items() >= tasks.FIRST_ESTIMATE.items()
+
+    def test_a_mode_s_radii_are_multiples_of_sam_s(self):
+        task = tasks.TASKS["digits_cnn_wrong40"]
+        for mode, factor in {"sam": 1, "paper_random": 1, "one_pass_late_0.7": 5, "one_pass_random": 5}.items():
+            tried = {rho for _, rho in protocol.grid(task, mode)}
+            assert tried == {0.1 * factor, 0.2 * factor, 0.4 * factor}
 
     def test_seeds_for_tuning_are_not_reported(self, capsys):
         with pytest.raises(SystemExit):
@@ -188,13 +206,13 @@ def save_many(name, results):
 
 def test_wrong_labels():
     labels = np.random.default_rng(0).integers(0, 10, 1077).tolist()
-    changed = tasks.with_wrong_labels(labels, 0.1, 10, seed=1)
+    changed = preparing.with_wrong_labels(labels, 0.1, 10, seed=1)
     assert sum(a != b for a, b in zip(labels, changed, strict=True)) == 108
     assert set(changed) == set(range(10))
-    assert changed == tasks.with_wrong_labels(labels, 0.1, 10, seed=1)
-    assert changed != tasks.with_wrong_labels(labels, 0.1, 10, seed=2)
-    assert tasks.with_wrong_labels([0, 1, 1, 0], 1.0, 2, seed=0) == [1, 0, 0, 1]
-    assert tasks.with_wrong_labels(labels, 0.0, 10, seed=1) == labels
+    assert changed == preparing.with_wrong_labels(labels, 0.1, 10, seed=1)
+    assert changed != preparing.with_wrong_labels(labels, 0.1, 10, seed=2)
+    assert preparing.with_wrong_labels([0, 1, 1, 0], 1.0, 2, seed=0) == [1, 0, 0, 1]
+    assert preparing.with_wrong_labels(labels, 0.0, 10, seed=1) == labels
 
 
 class TestReport:
@@ -202,32 +220,41 @@ class TestReport:
         draw = np.random.default_rng(0)
         for n in (2, 3, 5, 10):
             ours, theirs = draw.normal(size=(2, n))
-            difference = report.paired_difference(dict(enumerate(ours)), dict(enumerate(theirs)))
+            difference = intervals.paired_difference(dict(enumerate(ours)), dict(enumerate(theirs)))
             reference = stats.ttest_rel(ours, theirs)
             interval = reference.confidence_interval(0.95)
             assert difference.n == n
-            np.testing.assert_allclose(difference[1:], [np.mean(ours - theirs), interval.low, interval.high], rtol=1e-9)
+            expected = [np.mean(ours - theirs), interval.low, interval.high, reference.pvalue]
+            np.testing.assert_allclose(difference[1:], expected, rtol=1e-9)
             assert (difference.verdict != "within noise") == (reference.pvalue < 0.05)
-            np.testing.assert_allclose(report.mean_and_deviation(ours), [ours.mean(), ours.std(ddof=1)])
+            np.testing.assert_allclose(intervals.mean_and_deviation(ours), [ours.mean(), ours.std(ddof=1)])
 
     def test_by_hand(self):
-        # Differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.302653, so 2 -+ 4.302653 / sqrt(3).
-        difference = report.paired_difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0})
-        np.testing.assert_allclose(difference, [3, 2.0, -0.4841377, 4.4841377], rtol=1e-6)
+        # Differences 1, 2, 3: mean 2, deviation 1, t(0.975, 2) = 4.302653, so 2 -+ 4.302653 / sqrt(3). t is sqrt(12),
+        # and p with two degrees of freedom 1 - t / sqrt(2 + t^2).
+        difference = intervals.paired_difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0})
+        np.testing.assert_allclose(difference, [3, 2.0, -0.4841377, 4.4841377, 1 - math.sqrt(12 / 14)], rtol=1e-6)
         assert difference.verdict == "within noise"
-        assert report.paired_difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 0.0, 1: 2.1, 2: 3.9}).verdict == "higher"
-        assert report.paired_difference({0: 0.0, 1: 2.1, 2: 3.9}, {0: 2.0, 1: 4.0, 2: 6.0}).verdict == "lower"
+        assert intervals.paired_difference({0: 2.0, 1: 4.0, 2: 6.0}, {0: 0.0, 1: 2.1, 2: 3.9}).verdict == "higher"
+        assert intervals.paired_difference({0: 0.0, 1: 2.1, 2: 3.9}, {0: 2.0, 1: 4.0, 2: 6.0}).verdict == "lower"
+
+    def test_holm_by_hand(self):
+        # Sorted 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1 is 0.02, 0.03, 0.06, 0.04, and the last is not below 0.06.
+        found = intervals.holm([0.01, 0.04, math.nan, 0.03, 0.005])
+        np.testing.assert_allclose(found, [0.03, 0.06, math.nan, 0.06, 0.02], rtol=1e-12)
+        assert intervals.holm([0.6, 0.7]) == [1.0, 1.0]
+        assert intervals.holm([]) == []
 
     def test_pairs_are_of_the_same_seed(self):
         ours, theirs = {4: 10.0, 0: 1.0, 2: 3.0, 9: 100.0}, {0: 0.5, 7: -100.0, 2: 2.0, 4: 9.25}
-        difference = report.paired_difference(ours, theirs)
+        difference = intervals.paired_difference(ours, theirs)
         reference = stats.ttest_rel([1.0, 3.0, 10.0], [0.5, 2.0, 9.25]).confidence_interval(0.95)
-        np.testing.assert_allclose(difference, [3, 0.75, reference.low, reference.high])
+        np.testing.assert_allclose(difference[:4], [3, 0.75, reference.low, reference.high])
 
     def test_one_seed_decides_nothing(self):
-        assert report.paired_difference({0: 1.0}, {0: 2.0}).verdict == "too few seeds"
-        assert str(report.paired_difference({0: 1.0}, {0: 2.0})) == "-1"
-        assert report.paired_difference({0: 1.0}, {1: 2.0}).verdict == "too few seeds"
+        assert intervals.paired_difference({0: 1.0}, {0: 2.0}).verdict == "too few seeds"
+        assert str(intervals.paired_difference({0: 1.0}, {0: 2.0})) == "-1"
+        assert intervals.paired_difference({0: 1.0}, {1: 2.0}).verdict == "too few seeds"
 
     def record(self, results, mode, seed, accuracy, eigenvalue, part="fixed"):
         job = Job("digits_cnn", part, mode, seed, 0.05, None if mode == "stock" else 0.05, 40)
@@ -246,9 +273,13 @@ class TestReport:
     def test_the_page(self, tmp_path):
         results, page = tmp_path / "results", tmp_path / "experiments" / "README.md"
         page.parent.mkdir()
-        old = "<!-- overview: begin --><!-- overview: end -->\n<!-- results: begin -->\nold\n<!-- results: end -->"
+        empty = "<!-- {0}: begin --><!-- {0}: end -->"
+        old = "\n".join(map(empty.format, ("overview", "wrong_labels")))
+        old += "\n<!-- results: begin -->\nold\n<!-- results: end -->"
         page.write_text(f"before\n{old}\nafter\n")
-        (tmp_path / "README.md").write_text("<!-- experiments: begin --><!-- experiments: end -->")
+        (tmp_path / "README.md").write_text(empty.format("experiments") + empty.format("wrong_labels"))
+        (tmp_path / "docs").mkdir()
+        (tmp_path / "docs" / "when-to-use.md").write_text(empty.format("decisions"))
         arguments = ["--results", str(results), "--root", str(tmp_path)]
         report.main(arguments)
         assert "There are no results yet." in page.read_text()
@@ -266,26 +297,26 @@ class TestReport:
         found = {row[2]: row[3:] for row in rows if row[0] == "digits_cnn" and row[3] == "top_eigenvalue"}
         interval = stats.ttest_rel([5.1, 5.2, 5.3], [4.0, 4.2, 4.1]).confidence_interval(0.95)
         shown = f"+1.1 [{interval.low:+.3g}, {interval.high:+.3g}]"
-        assert found[f"paper {report.MINUS} sam"] == ["top_eigenvalue", shown, "3", "higher", "the opposite"]
-        assert found[f"aligned_1 {report.MINUS} paper"][2:] == ["3", "lower", "yes"]
+        assert found[f"paper {tables.MINUS} sam"] == ["top_eigenvalue", shown, "3", "higher", "the opposite"]
+        assert found[f"aligned_1 {tables.MINUS} paper"][2:] == ["3", "lower", "yes"]
         accuracies = {row[2]: row[3:] for row in rows if row[0] == "digits_cnn" and row[3] == "accuracy"}
-        assert accuracies[f"paper {report.MINUS} sam"][2:] == ["3", "within noise", "open"]
-        assert accuracies[f"aligned_1 {report.MINUS} sam"][2:] == ["3", "higher", "yes"]
+        assert accuracies[f"paper {tables.MINUS} sam"][2:] == ["3", "within noise", "open"]
+        assert accuracies[f"aligned_1 {tables.MINUS} sam"][2:] == ["3", "higher", "yes"]
         assert next(row for row in rows if row[0] == "paper")[4] == "0.69 ± 0.40"
         assert b"<svg" in (page.parent / "results.svg").read_bytes()
         report.main(arguments)
         assert page.read_text() == text
 
     def test_the_overviews_have_tasks_with_five_seeds_of_each_mode(self, tmp_path):
-        for mode in report.LABELS:
+        for mode in claims.LABELS:
             for seed in range(5):
                 self.record(tmp_path, mode, seed, 0.9 + seed / 100, 40.0 + 10 * seed, part="tuned")
-        expected = {report.overview: "0.920 ± 0.016, 60 ± 16", report.short: "0.920"}
+        expected = {claims.overview: "0.920 ± 0.016, 60 ± 16", claims.short: "0.920"}
         for of, cell in expected.items():
             head, _, *rows = of(report.load_all(tmp_path)).splitlines()
-            assert head == f"|  | {report.TITLES['digits_cnn']} |"
+            assert head == f"|  | {claims.TITLES['digits_cnn']} |"
             assert rows[0] == f"| stock Trainer | {cell} |"
-            assert len(rows) == len(report.LABELS if of is report.overview else report.FIRST_PAGE)
+            assert len(rows) == len(claims.LABELS if of is claims.overview else claims.FIRST_PAGE)
         remove(Job("digits_cnn", "tuned", "sam_long", 4, 0.05, 0.05, 40), tmp_path)
         for of in expected:
             assert "CNN" not in of(report.load_all(tmp_path))
@@ -363,9 +394,9 @@ def test_failed_interrupted_killed_and_run_again(tmp_path):
     assert metrics["test"]["accuracy"] > 0.5
     assert len(found["commit"]) >= 40
     assert found["versions"]["torch"]
-    runs = report.runs_of(load("digits_cnn", tmp_path), "tuned")
+    runs = tables.runs_of(load("digits_cnn", tmp_path), "tuned")
     assert list(runs) == ["sam", "aligned_1"]
-    assert f"| {metrics['test']['accuracy']:.4g} | {metrics['top_eigenvalue']:.4g} |" in report.summary(
+    assert f"| {metrics['test']['accuracy']:.4g} | {metrics['top_eigenvalue']:.4g} |" in tables.summary(
         "digits_cnn", runs
     )
 
@@ -386,5 +417,8 @@ def test_the_cost_of_a_step_counts_both_passes_of_sam():
 
 
 def test_default_modes():
-    assert protocol.default_modes(DIGITS) == ALL_MODES
+    assert set(protocol.default_modes(DIGITS)) == set(tasks.MODES_OF_FIRST_TASKS)
     assert "paper_norm_kept" not in protocol.default_modes(tasks.TASKS["movies"])
+    for task in tasks.TASKS.values():
+        assert set(task.modes) <= set(ALL_MODES)
+    assert set(protocol.default_modes(tasks.TASKS["digits_vit_wrong40"])) == set(tasks.MODES_OF_LATER_TASKS)

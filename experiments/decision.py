@@ -1,0 +1,148 @@
+"""The table that says in which situation SAM, one pass or X-SAM pays, by a rule, from the results alone.
+
+A mode is named if it beats the best of the situation's baselines by Holm's correction over the row. Of several, the
+cheapest is, unless a dearer one is better by a 95% interval.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from gains import CLEAN, WRONG, Values, price, stopped_early
+from intervals import Difference, holm, mean_and_deviation, paired_difference
+from tables import MINUS, Runs, metric_of, table, values
+from tasks import TASKS
+
+Reading = Callable[[str, Mapping[int, Any]], Values]
+SEEDS = 5
+CANDIDATES = {"sam": "SAM", "one_pass": "one pass", "paper": "X-SAM"}
+NOT_MEASURED = "not measured yet"
+LEVEL = 0.05
+
+
+def last(task: str, records: Mapping[int, Any]) -> Values:
+    """Return the test metric after the last epoch."""
+    return values(records, *metric_of(task))
+
+
+def stopped(task: str, records: Mapping[int, Any], split: str) -> Values:
+    """Return the test accuracy of the epoch that was best on `split`."""
+    return stopped_early(records, split)
+
+
+def damaged(task: str, records: Mapping[int, Any], kind: str) -> Values:
+    """Return the test accuracy after damage."""
+    return values(records, "metrics", "damage", kind, "accuracy")
+
+
+class Situation(NamedTuple):
+    """A situation, the task that stands for it, how its runs are read, and what has to be beaten."""
+
+    text: str
+    task: str | None
+    read: Reading = last
+    baselines: Sequence[tuple[str, Reading]] = (("stock", last), ("stock_long", last))
+
+
+WITHOUT_CLEAN = (("stock", last), ("stock_long", last), ("stock", partial(stopped, split=WRONG)))
+TITLES = {
+    "digits_cnn_wrong40": "40% of the labels wrong, CNN from scratch",
+    "digits_cnn_wrong60": "60% of the labels wrong, CNN from scratch",
+    "digits_vit_wrong40": "40% of the labels wrong, small ViT from scratch",
+    "movies_memorized": "30% of the labels wrong, MiniLM finetuned until it memorizes",
+}
+
+
+def wrong_labels(task: str, title: str) -> list[Situation]:
+    """Return the situations that a task with wrong labels stands for."""
+    on_wrong, on_clean, int4 = (
+        partial(stopped, split=WRONG),
+        partial(stopped, split=CLEAN),
+        partial(damaged, kind="int4"),
+    )
+    stops = (*WITHOUT_CLEAN, ("stock_long", on_wrong))
+    return [
+        Situation(f"{title}; the last epoch is kept", task, last, WITHOUT_CLEAN),
+        Situation(f"{title}; the best epoch on wrong validation labels is kept", task, on_wrong, stops),
+        Situation(f"{title}; the best epoch on clean ones is kept", task, on_clean, both_by(on_clean)),
+        Situation(f"{title}; the last epoch, rounded to 4 bits", task, int4, both_by(int4)),
+    ]
+
+
+def both_by(read: Reading) -> tuple[tuple[str, Reading], ...]:
+    """Return the stock optimizer's two runs as baselines, read in one way."""
+    return ("stock", read), ("stock_long", read)
+
+
+SITUATIONS = [
+    *(situation for task, title in TITLES.items() for situation in wrong_labels(task, title)),
+    Situation("10% of the labels wrong, CNN from scratch", "digits_cnn"),
+    Situation("20% of the labels wrong, MiniLM, a short finetuning", "movies_noise"),
+    Situation("few clean examples (500 sentences), MiniLM", "movies_500"),
+    Situation("clean examples (2,500 sentences), MiniLM, one epoch", "movies"),
+    Situation("clean examples, small ViT from scratch, 20 epochs", "digits_vit"),
+    Situation("LoRA of a language model, one epoch", "movie_text_lora"),
+    Situation("long training from scratch on clean data", None),
+    Situation("finetuning that must not forget what the model knew", None),
+    Situation("large models", None),
+]
+
+
+def measured(mode: str, task: str, runs: Runs) -> bool:
+    """Return whether there are five seeds of the mode; X-SAM's with an earlier estimate of v do not count."""
+    earlier = mode == "paper" and not TASKS[task].watched
+    return len(runs.get(mode, {})) >= SEEDS and not earlier
+
+
+def best_baseline(situation: Situation, task: str, runs: Runs) -> tuple[str, Values]:
+    """Return the label and the numbers of the baseline with the best mean."""
+    sign = 1 if TASKS[task].greater_is_better else -1
+    found = []
+    for mode, read in situation.baselines:
+        numbers = read(task, runs[mode])
+        split = read.keywords.get("split", "") if isinstance(read, partial) else ""
+        label = f"`{mode}`" + {CLEAN: ", stopped on clean", WRONG: ", stopped on wrong"}.get(split, "")
+        found.append((sign * mean_and_deviation(numbers.values())[0], label, numbers))
+    _, label, numbers = max(found, key=lambda each: each[0])
+    return label, numbers
+
+
+def named(differences: Mapping[str, Difference], numbers: Mapping[str, Values], runs: Runs, sign: int) -> str:
+    """Return the mode to use: see the module's rule."""
+    adjusted = dict(zip(differences, holm([each.p for each in differences.values()]), strict=True))
+    better = [mode for mode, each in differences.items() if sign * each.mean > 0 and adjusted[mode] < LEVEL]
+    choice = None
+    for mode in sorted(better, key=partial(price, runs)):
+        dearer_is_better = choice and paired_difference(numbers[mode], numbers[choice])
+        wanted = "higher" if sign > 0 else "lower"
+        if choice is None or dearer_is_better.verdict == wanted:
+            choice = mode
+    return f"**{CANDIDATES[choice]}**" if choice else "do not use it"
+
+
+def row_of(situation: Situation, found: Mapping[tuple[str, str], Runs]) -> list[str] | None:
+    """Return the row of a situation; None where it, or what has to be beaten in it, was not measured."""
+    task = situation.task
+    runs = found.get((task or "", "tuned"), {})
+    modes = [mode for mode in CANDIDATES if task and measured(mode, task, runs)]
+    if task is None or not modes or any(len(runs.get(mode, {})) < SEEDS for mode, _ in situation.baselines):
+        return None
+    sign = 1 if TASKS[task].greater_is_better else -1
+    label, reference = best_baseline(situation, task, runs)
+    numbers = {mode: situation.read(task, runs[mode]) for mode in modes}
+    differences = {mode: paired_difference(numbers[mode], reference) for mode in modes}
+    cells = [
+        f"{differences[mode]}, {price(runs, mode):.1f}x" if mode in differences else NOT_MEASURED for mode in CANDIDATES
+    ]
+    average, _ = mean_and_deviation(reference.values())
+    baseline = f"{label}: {TASKS[task].metric} {average:.3g}"
+    return [situation.text, baseline, *cells, named(differences, numbers, runs, sign)]
+
+
+def decisions(found: Mapping[tuple[str, str], Runs]) -> str:
+    """Return the table of the situations that were measured, and the others as a list."""
+    head = ["situation", "to be beaten", *(f"{name} {MINUS} that" for name in CANDIDATES.values()), "use"]
+    rows = {situation.text: row_of(situation, found) for situation in SITUATIONS}
+    text = table(head, [row for row in rows.values() if row])
+    missing = dict.fromkeys(name.partition(";")[0] for name, row in rows.items() if row is None)
+    return text + "\n\nNot measured yet:\n\n" + "\n".join(f"- {name}" for name in missing) if missing else text
