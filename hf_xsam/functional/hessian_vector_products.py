@@ -133,3 +133,14 @@ def finite_difference_hessian_vector_product(
         return difference
 
     return product
+
+
+def central_difference(there: Sequence[Tensor], here: Sequence[Tensor], distance: float) -> list[Tensor]:
+    """Return H v + O(distance^2) from grad L at two weights that are `distance` * v apart, in float32 or wider.
+
+    Args:
+        there: grad L(w + distance / 2 * v).
+        here: grad L(w - distance / 2 * v).
+        distance: between the two, in the units of the weights; negative where v points from there to here.
+    """
+    return [(x.to(wide_dtype(x)) - y) / distance for x, y in zip(there, here, strict=True)]

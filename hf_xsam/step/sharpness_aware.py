@@ -11,9 +11,10 @@ from transformers import TrainingArguments
 
 from ..config import XSAMConfig
 from ..functional.correction import correction_factors
+from ..functional.hessian_vector_products import central_difference
 from ..functional.perturbation import ascent_perturbation, perturbed
 from ..functional.power_iteration import first_vector, power_iteration
-from ..functional.tensors import dot, is_sharded, multiply, norm, scale, set_to_combination, wide_dtype
+from ..functional.tensors import dot, is_sharded, multiply, norm, scale, set_to_combination
 from ..state import XSAMState
 from .curvature import Curvature
 from .deepspeed import engine_of
@@ -237,8 +238,7 @@ class SharpnessAwareSteps:
                 window.run()
             here = gradients(parameters)
             others = {name: parameter.grad for name, parameter in trainable.items()}
-        twice = 2 * self._signed_rho(step)
-        product = [(x.to(wide_dtype(x)) - y) / twice for x, y in zip(there, here, strict=True)]
+        product = central_difference(there, here, 2 * self._signed_rho(step))
         multiply(product, 1 / loss_scale(self.accelerator))
         for name, parameter in trainable.items():
             other = others[name]
@@ -256,7 +256,7 @@ class SharpnessAwareSteps:
 
         If steps are perturbed along the eigenvector, `.grad` holds a already.
         """
-        config, scale = self.config, loss_scale(self.accelerator)
+        config, scaled = self.config, loss_scale(self.accelerator)
         rho = config.rho_at(step)
         if self._takes_one_pass:
             metrics, realised = {}, self._realised
@@ -264,7 +264,7 @@ class SharpnessAwareSteps:
                 eigenvalue = self.state.spectrum.eigenvalue
                 metrics = {"rayleigh_quotient": eigenvalue, "sharpness": rho**2 / 2 * eigenvalue}
         else:
-            metrics = {"gradient_norm": gradient_norm(trainable) / scale}
+            metrics = {"gradient_norm": gradient_norm(trainable) / scaled}
             weights = list(self._parameters_in("perturb_scope").values())
             eps = ascent_perturbation(weights, gradients(weights), rho, config.adaptive)
             with self._perturbed(weights, eps) as realised:
@@ -272,7 +272,7 @@ class SharpnessAwareSteps:
             metrics["sharpness"] = metrics["perturbed_loss"] - window.loss
         if realised is not None and rho > 0:
             metrics["realised_perturbation"] = realised
-        return metrics | {"perturbed_gradient_norm": gradient_norm(trainable) / scale}
+        return metrics | {"perturbed_gradient_norm": gradient_norm(trainable) / scaled}
 
     def _is_usable(self, metrics: Mapping[str, Tensor], refreshed: bool) -> bool:
         """Return whether the passes were finite, on all processes, and with a GradScaler the refresh too."""
@@ -287,10 +287,10 @@ class SharpnessAwareSteps:
         # What the second pass did not reach stays without a gradient, as it would in the stock Trainer.
         parameters = with_gradient(trainable)
         gradient, eigenvector = gradients(list(parameters.values())), state.eigenvector_over(parameters)
-        scale = loss_scale(self.accelerator)  # which the gradient has, and the optimizer's unscaling takes from d
-        along = dot(gradient, eigenvector) / scale
+        scaled = loss_scale(self.accelerator)  # as the gradient is, and the optimizer's unscaling takes from d
+        along = dot(gradient, eigenvector) / scaled
         size, change = correction_factors(length, along, config.alpha, config.correction, config.normalize_gradient)
-        set_to_combination(gradient, size, eigenvector, scale * change)
+        set_to_combination(gradient, size, eigenvector, scaled * change)
         return {"rayleigh_quotient": state.spectrum.eigenvalue, **alignment(along, length)}
 
     def _trainable(self) -> Parameters:

@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_xsam.functional.hessian_vector_products import (
+    central_difference,
     exact_hessian_vector_product,
     finite_difference_hessian_vector_product,
     finite_difference_step,
@@ -77,3 +78,15 @@ def test_finite_difference_agrees_with_exact(build, direction):
     reference = exact_hessian_vector_product(losses, parameters, keep_graph=False)(vector)
     error = norm([x - y for x, y in zip(difference, reference, strict=True)]) / norm(reference)
     assert error < (0.02 if direction == "random" else 0.005)
+
+
+@pytest.mark.parametrize("distance", [0.2, -0.2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_central_difference_is_the_product_but_for_the_distance_s_square(distance, dtype):
+    # L = sum(w^4) / 4: grad L = w^3, and (g(w + h v) - g(w - h v)) / (2 h) = 3 w^2 v + h^2 v^3.
+    weights, vector = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double), torch.tensor([0.5, 0.5, 0.0]).double()
+    there, here = ((weights + side * distance / 2 * vector) ** 3 for side in (1, -1))
+    [product] = central_difference([there.to(dtype)], [here.to(dtype)], distance)
+    assert product.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = 3 * weights**2 * vector + (distance / 2) ** 2 * vector**3
+    torch.testing.assert_close(product.double(), expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.2)
