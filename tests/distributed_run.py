@@ -106,19 +106,23 @@ def weights(trainer):
     return {name: whole(p) for name, p in trainable_parameters(model).items()}
 
 
+REDUCED = []  # the gradient all-reduces of DDP; what a callback holds is put back after replays
+
+
+def count_and_reduce(group, bucket):
+    REDUCED.append(1)
+    return allreduce_hook(group, bucket)
+
+
 class Observer(TrainerCallback):
-    """Compares the ranks' weights after every step, and counts the gradient all-reduces of DDP."""
+    """Compares the ranks' weights after every step, and has the gradient all-reduces of DDP counted."""
 
     def __init__(self):
-        self.trainer, self.ranks_agree, self.all_reduces = None, True, 0
+        self.trainer, self.ranks_agree = None, True
 
     def on_train_begin(self, args, state, control, **kwargs):
         if isinstance(self.trainer.model_wrapped, nn.parallel.DistributedDataParallel):
-            self.trainer.model_wrapped.register_comm_hook(None, self.count)
-
-    def count(self, group, bucket):
-        self.all_reduces += 1
-        return allreduce_hook(group, bucket)
+            self.trainer.model_wrapped.register_comm_hook(None, count_and_reduce)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.is_fsdp_enabled:
@@ -153,6 +157,7 @@ def train(case, folder):
         trainer.add_callback(XSAMCallback(trainer, every=case["measure_every"], samples=8, settings=settings))
     resume = case.get("resume")
     bucket = patch("hf_xsam.step.processes.BUCKET_BYTES", case.get("bucket_bytes", 25 * 2**20))
+    REDUCED.clear()
     with CollectiveCounter() as collectives, bucket:
         trainer.train(resume_from_checkpoint=resume)
     history = trainer.state.log_history
@@ -162,7 +167,7 @@ def train(case, folder):
         "weights": weights(trainer),
         "ranks_agree": observer.ranks_agree,
     }
-    result |= {"gradient_all_reduces": observer.all_reduces, "all_reduces": collectives.all_reduces}
+    result |= {"gradient_all_reduces": len(REDUCED), "all_reduces": collectives.all_reduces}
     result |= {"gathers": collectives.gathers, "scatters": collectives.scatters}
     result["units"] = sum(isinstance(module, FSDPModule) for module in model.modules())
     if config is not None and trainer.xsam_state.eigenvector is not None:
