@@ -68,6 +68,22 @@ class TestOnePass:
             expected = torch.cat([part.flatten() for part in expected])
             torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
+    @pytest.mark.parametrize("interval", [1, 2, 3, 4, 5, 10])
+    def test_both_sides_have_equal_shares_of_all_steps_and_of_those_that_refresh(self, tmp_path, interval):
+        sides = []
+
+        class Recording(XSAMTrainer):
+            def training_step(self, *args, **kwargs):
+                sides.append(self._xsam_steps._signed_rho(self.state.global_step) if self._xsam_steps else 0.5)
+                return super().training_step(*args, **kwargs)
+
+        config = XSAMConfig.one_pass(0.5, eigen_interval=interval, replay_check="never")
+        settings = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "logging_steps": 1000}
+        run(Smooth(), points(4 * interval), tmp_path, config, Recording, **settings)
+        assert len(sides) == 4 * interval
+        assert sum(sides) == 0
+        assert sum(sides[::interval]) == 0
+
     def test_a_step_takes_one_pass_but_for_refreshes(self, tmp_path):
         passes = []
         config = XSAMConfig.one_pass(0.1, eigen_interval=4, eigen_warmup_steps=0, replay_check="never")

@@ -137,9 +137,10 @@ class SharpnessAwareSteps:
     def _signed_rho(self, step: int) -> float:
         """Return s * rho, s = 1 and -1 in turn by the step alone: the same on all processes and after a resume.
 
-        From one refresh to the next the turns change, so that a step which takes both sides favours neither.
+        The steps that refresh v take turns too, for they may take both sides, or more time.
         """
-        turn = step + step // self.config.eigen_interval
+        interval = self.config.eigen_interval
+        turn = step if interval % 2 else step + step // interval
         return self.config.rho_at(step) * (1 if turn % 2 == 0 else -1)
 
     def _nothing_learnt(self, window: Window, trainable: Parameters) -> bool:
@@ -179,9 +180,7 @@ class SharpnessAwareSteps:
         else:
             with gradients_set_aside(window.model):
                 known = None if elsewhere else gradient
-                estimate = curvature.top_eigenpair(
-                    start, config.power_iterations, state.spectrum, config.eigen_momentum, known
-                )
+                estimate = curvature.top_eigenpair(start, config.power_iterations, state.spectrum, momentum, known)
             self.method = curvature.method
         if estimate.is_finite():
             state.take(estimate, scope, step)
