@@ -1,7 +1,8 @@
 """The table that says in which situation SAM, one pass or X-SAM pays, by a rule, from the results alone.
 
 A mode is named if it beats the best of the situation's baselines by Holm's correction over the row. Of several, the
-cheapest is, unless a dearer one is better by a 95% interval.
+cheapest is, unless a dearer one is better by a 95% interval. If none beats it, no gain was shown; if each is worse, the
+table says not to use them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -110,14 +111,17 @@ def best_baseline(situation: Situation, task: str, runs: Runs) -> tuple[str, Val
 def named(differences: Mapping[str, Difference], numbers: Mapping[str, Values], runs: Runs, sign: int) -> str:
     """Return the mode to use: see the module's rule."""
     adjusted = dict(zip(differences, holm([each.p for each in differences.values()]), strict=True))
-    better = [mode for mode, each in differences.items() if sign * each.mean > 0 and adjusted[mode] < LEVEL]
+    sure = {mode: sign * each.mean for mode, each in differences.items() if adjusted[mode] < LEVEL}
+    better = [mode for mode, gain in sure.items() if gain > 0]
     choice = None
     for mode in sorted(better, key=partial(price, runs)):
         dearer_is_better = choice and paired_difference(numbers[mode], numbers[choice])
         wanted = "higher" if sign > 0 else "lower"
         if choice is None or dearer_is_better.verdict == wanted:
             choice = mode
-    return f"**{CANDIDATES[choice]}**" if choice else "do not use it"
+    if choice:
+        return f"**{CANDIDATES[choice]}**"
+    return "do not use it" if len(sure) == len(differences) else "no gain shown"
 
 
 def row_of(situation: Situation, found: Mapping[tuple[str, str], Runs]) -> list[str] | None:

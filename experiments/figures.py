@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 from gains import price
 from intervals import mean_and_deviation, paired_difference
+from modes import LONG, MODES
 from tables import EIGENVALUE, Runs, metric_of, values
 from tasks import TASKS
 
@@ -36,13 +37,16 @@ def draw(found: Mapping[tuple[str, str], Runs], path: Path) -> None:
 
 
 def draw_gains(found: Mapping[str, Runs], path: Path) -> None:
-    """Draw the gain of every mode over the stock optimizer, with its interval, against its price; a panel a task."""
+    """Draw the gain of every mode over the stock optimizer, with its interval, against its price; a panel a task.
+
+    The controls, with a random direction in place of v, are left out.
+    """
     pyplot.rcParams["svg.hashsalt"] = "hf_xsam"
     figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 4.5), squeeze=False, layout="constrained")
     for axis, (task, runs) in zip(axes[0], found.items(), strict=True):
         stock = values(runs["stock"], *metric_of(task))
         for mode, records in runs.items():
-            if mode == "stock":
+            if mode == "stock" or MODES[mode.removesuffix(LONG)].random:
                 continue
             difference = paired_difference(values(records, *metric_of(task)), stock)
             color = next((FAMILIES[name] for name in FAMILIES if mode.startswith(name)), "tab:orange")

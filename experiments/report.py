@@ -18,7 +18,7 @@ from figures import draw, draw_gains
 from gains import gains, short_gains
 from pages import filled
 from records import RESULTS, load
-from tables import Runs, cost_rows, runs_of, summary, table
+from tables import Runs, cost_rows, runs_of, summary, table, tuning_table
 from tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -62,10 +62,13 @@ def report(found: Found, results: Path) -> str:
     return "\n\n".join(parts)
 
 
-def wrong_labels(found: Found) -> str:
+def wrong_labels(found: Found, results: Path) -> str:
     """Return all tables of the tasks with wrong labels."""
-    tables = [f"### {task}\n\n{gains(task, runs)}" for task, runs in later_tasks(found).items()]
-    return "\n\n".join(tables) or "There are no results yet."
+    texts = [
+        f"### {task}\n\n*What tuning saw*\n\n{tuning_table(task, load(task, results))}\n\n{gains(task, runs)}"
+        for task, runs in later_tasks(found).items()
+    ]
+    return "\n\n".join(texts) or "There are no results yet."
 
 
 def first_page(found: Found) -> str:
@@ -81,7 +84,7 @@ def pages(found: Found, results: Path, root: Path) -> dict[Path, str]:
         root / "experiments" / "README.md": {
             "results": report(found, results),
             "overview": overview(found),
-            "wrong_labels": wrong_labels(found),
+            "wrong_labels": wrong_labels(found, results),
         },
         root / "README.md": {"experiments": short(found), "wrong_labels": first_page(found)},
         root / "docs" / "when-to-use.md": {"decisions": decisions(found)},

@@ -60,6 +60,26 @@ def spread(numbers: Mapping[int, float]) -> str:
     return f"{average:.{decimals}f} ± {deviation:.{decimals}f}"
 
 
+def tuning_table(task: str, records: Mapping[str, dict[str, Any]]) -> str:
+    """Return the table of what tuning saw: the mean validation metric by mode, learning rate and rho."""
+    metric, rows = TASKS[task].metric, []
+    for mode in ALL_MODES:
+        seen: dict[tuple[float, float], list[float]] = {}
+        for key, record in records.items():
+            value = record.get("metrics", {}).get("validation", {}).get(metric)
+            if key.startswith(f"tuning/{mode}/") and value is not None:
+                settings = record["settings"]
+                rho = settings["xsam"]["rho"] if settings["xsam"] else 0.0
+                seen.setdefault((settings["learning_rate"], rho), []).append(value)
+        cells = [
+            f"{rate:g}{f', {rho:g}' if rho else ''}: {mean_and_deviation(seen[rate, rho])[0]:.3f}"
+            for rate, rho in sorted(seen)
+        ]
+        if cells:
+            rows.append([f"`{mode}`", "; ".join(cells)])
+    return table(["", f"learning rate, rho: validation {metric}"], rows)
+
+
 def summary(task: str, runs: Runs) -> str:
     """Return the table of a task: every mode's means, and its paired differences to SAM."""
     metric = TASKS[task].metric
