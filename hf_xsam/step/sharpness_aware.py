@@ -266,8 +266,10 @@ class SharpnessAwareSteps:
         else:
             metrics = {"gradient_norm": gradient_norm(trainable) / scaled}
             weights = list(self._parameters_in("perturb_scope").values())
-            eps = ascent_perturbation(weights, gradients(weights), rho, config.adaptive)
-            with self._perturbed(weights, eps) as realised:
+            # No name holds eps, whose memory is free again once the weights have moved.
+            with self._perturbed(
+                weights, ascent_perturbation(weights, gradients(weights), rho, config.adaptive)
+            ) as realised:
                 metrics["perturbed_loss"] = window.run()
             metrics["sharpness"] = metrics["perturbed_loss"] - window.loss
         if realised is not None and rho > 0:
