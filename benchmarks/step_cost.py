@@ -26,6 +26,7 @@ from memory import peak_tensor_memory
 from pages import filled, markdown
 from rich.console import Console
 from rich.table import Table
+from schedule import refresh_steps
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 from versions import setting
@@ -140,17 +141,8 @@ def whole_run(contender: str, contenders: dict[str, dict[str, Any]]) -> float:
     if contender == OURS:
         config = XSAMConfig()
         refresh = (steady - contenders[SAM]["over_stock"]["median"]) * config.eigen_interval
-        steady += refresh * (refreshes(config, RUN) - RUN / config.eigen_interval) / RUN
+        steady += refresh * (len(refresh_steps(config, RUN)) - RUN / config.eigen_interval) / RUN
     return steady if contender == STOCK else steady + 1 / RUN
-
-
-def refreshes(config: XSAMConfig, steps: int) -> int:
-    """Return how often v is refreshed in a run of so many steps."""
-    last, count = None, 0
-    for step in range(steps):
-        if config.refreshes_at(step, last):
-            last, count = step, count + 1
-    return count
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:

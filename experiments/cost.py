@@ -4,15 +4,21 @@ Seconds on a shared machine vary with what else runs on it. So the ratios are me
 kept with the results, and decide how many epochs the "_long" modes train.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
 from modes import LONG
+from schedule import refresh_steps
 from tasks import TASKS
 from torch.utils.flop_counter import FlopCounterMode
 from training import Job, StepGauge, build_trainer, provenance, training_arguments
@@ -35,22 +41,15 @@ def cost_of_a_step(job: Job, gauge: Callable[[], float]) -> float:
         trainer = build_trainer(job, prepared, arguments, callbacks=[readings])
         trainer.train()
     run = round(job.epochs * len(trainer.get_train_dataloader()))
-    refreshed = refreshes(job, max(run, SKIPPED + STEPS))  # a short run's task is measured past its end
+    config = job.xsam_config()
+    # A short run's task is measured past its end.
+    refreshed = refresh_steps(config, max(run, SKIPPED + STEPS)) if config else []
     costs: dict[bool, list[float]] = {True: [], False: []}
     for step in range(SKIPPED, SKIPPED + STEPS):
         costs[step in refreshed].append(readings.values[step] - readings.values[step - 1])
     plain = fmean(costs[False])
     share = sum(step < run for step in refreshed) / run
     return plain + share * (fmean(costs[True]) - plain) if refreshed else plain
-
-
-def refreshes(job: Job, steps: int) -> list[int]:
-    """Return at which of its steps the job's run refreshes the eigenvector."""
-    config, found = job.xsam_config(), list[int]()
-    for step in range(steps if config else 0):
-        if config.refreshes_at(step, found[-1] if found else None):
-            found.append(step)
-    return found
 
 
 def cpu_seconds_per_step(job: Job) -> float:

@@ -74,8 +74,5 @@ class RandomDirectionSteps(SharpnessAwareSteps):
 class RandomDirectionTrainer(XSAMTrainer):
     """An `XSAMTrainer` of such steps."""
 
-    def _begin_steps(self) -> RandomDirectionSteps:
-        model = self._unwrapped_model()
-        return RandomDirectionSteps(
-            self.xsam_config, self.xsam_state, self.accelerator, model, self.args, self.rows_are_examples
-        )
+    def _begin_steps(self, kind: type[SharpnessAwareSteps] = RandomDirectionSteps) -> SharpnessAwareSteps:
+        return super()._begin_steps(kind)

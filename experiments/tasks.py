@@ -88,6 +88,24 @@ def movie_arguments(epochs: int, batch_size: int) -> dict[str, Any]:
     }
 
 
+VIT: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "stock_learning_rates": (2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
+    "train_sample": 1077,
+    "curvature_sample": 512,
+}
+
+
+def vit_arguments(epochs: int) -> dict[str, Any]:
+    """Return the recipe's settings, with other epochs."""
+    return {
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": 64,
+        "per_device_eval_batch_size": 512,
+        "warmup_steps": 0.1,
+    }
+
+
 CNN_ARGUMENTS = {
     "num_train_epochs": 40,
     "per_device_train_batch_size": 64,
@@ -129,20 +147,12 @@ TASKS: dict[str, Task] = {
     ),
     "digits_vit": Task(
         digits_vit,
-        {
-            "num_train_epochs": 20,
-            "per_device_train_batch_size": 64,
-            "per_device_eval_batch_size": 512,
-            "warmup_steps": 0.1,
-        },
-        learning_rate=1e-3,
+        vit_arguments(epochs=20),
         rho=0.01,
         learning_rates=(5e-4, 1e-3, 2e-3),
         rhos=(0.01, 0.05),
-        stock_learning_rates=(2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
-        train_sample=1077,
-        curvature_sample=512,
         xsam=FIRST_ESTIMATE,
+        **VIT,
     ),
     "movies_500": Task(
         partial(movie_sentences, train_samples=500),
@@ -190,19 +200,11 @@ TASKS: dict[str, Task] = {
     "digits_cnn_wrong60": Task(partial(digits_cnn, wrong=0.6), **CNN_WRONG_LABELS),
     "digits_vit_wrong40": Task(
         partial(digits_vit, wrong=0.4),
-        {
-            "num_train_epochs": 60,
-            "per_device_train_batch_size": 64,
-            "per_device_eval_batch_size": 512,
-            "warmup_steps": 0.1,
-        },
-        learning_rate=1e-3,
+        vit_arguments(epochs=60),
         rho=0.05,
         learning_rates=(1e-3, 2e-3),
         rhos=(0.03, 0.06, 0.12),
-        stock_learning_rates=(2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
-        train_sample=1077,
-        curvature_sample=512,
+        **VIT,
         **WRONG_LABELS,
     ),
     "movies_memorized": Task(

@@ -17,7 +17,7 @@ from arguments import SPLITS, RecipeArguments
 from closing import card_facts
 from common import make_trainer, run, train_and_report
 from datasets import DatasetDict
-from loading import labelled, limited, load_splits, named_model
+from loading import labelled, limited, load_classifier, load_splits, named_model
 from parsing import parse_arguments
 from problems import METRICS, LabelArguments, head
 from transformers import (
@@ -107,9 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if recipe.model_name_or_path:
         with named_model(recipe.model_name_or_path):
             processor = AutoImageProcessor.from_pretrained(recipe.model_name_or_path)
-            model = AutoModelForImageClassification.from_pretrained(
-                recipe.model_name_or_path, dtype="float32", ignore_mismatched_sizes=True, **head(labels)
-            )
+        model = load_classifier(AutoModelForImageClassification, recipe.model_name_or_path, **head(labels))
     else:
         model, processor = small_vit(**head(labels))
 

@@ -107,3 +107,9 @@ def named_model(name: str) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         kind = "" if Path(name).exists() else ", neither a folder nor a model that can be loaded from the hub"
         raise InputError(f"model_name_or_path is {name!r}{kind}: {one_line(error)}") from error
+
+
+def load_classifier(kind: Any, name: str, **head: Any) -> Any:
+    """Return a pretrained model by the `Auto` class `kind`, in float32; one of other classes gets a new head."""
+    with named_model(name):
+        return kind.from_pretrained(name, dtype="float32", ignore_mismatched_sizes=True, **head)

@@ -13,7 +13,7 @@ from arguments import RecipeArguments
 from closing import card_facts
 from common import make_trainer, run, train_and_report
 from embedded import MINILM, minilm_folder
-from loading import encoded, labelled, limited, load_splits, named_model
+from loading import encoded, labelled, limited, load_classifier, load_splits, named_model
 from parsing import parse_arguments
 from problems import METRICS, LabelArguments, accuracy_and_f1, head
 from transformers import (
@@ -47,12 +47,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model_name = recipe.model_name_or_path or minilm_folder()
     with named_model(model_name):
         tokenizer = AutoTokenizer.from_pretrained(model_name)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            model_name,
-            dtype="float32",
-            ignore_mismatched_sizes=True,  # a model of other classes gets a new head
-            **head(labels),
-        )
+    model = load_classifier(AutoModelForSequenceClassification, model_name, **head(labels))
 
     with args.main_process_first(desc="tokenizing"):
         splits = encoded(splits, encode, tokenizer=tokenizer)

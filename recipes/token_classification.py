@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from arguments import RecipeArguments
 from closing import card_facts
 from common import make_trainer, run, train_and_report
 from datasets import ClassLabel, Dataset
 from embedded import MINILM, minilm_folder
-from loading import encoded, limited, load_splits, named_model
+from loading import encoded, limited, load_classifier, load_splits, named_model
 from parsing import parse_arguments
-from sklearn.metrics import accuracy_score, f1_score
+from problems import accuracy_and_f1
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -74,11 +73,10 @@ def encode_words(
     return {**encoded, "labels": labels}
 
 
-def accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
+def word_accuracy_and_f1(prediction: EvalPrediction) -> dict[str, float]:
     """Return accuracy and macro-averaged F1 over the words."""
     counted = prediction.label_ids != IGNORED
-    predicted, tags = np.argmax(prediction.predictions, axis=-1)[counted], prediction.label_ids[counted]
-    return {"accuracy": float(accuracy_score(tags, predicted)), "f1": float(f1_score(tags, predicted, average="macro"))}
+    return accuracy_and_f1(EvalPrediction(prediction.predictions[counted], prediction.label_ids[counted]))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -95,13 +93,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model_name = recipe.model_name_or_path or minilm_folder()
     with named_model(model_name):
         tokenizer = AutoTokenizer.from_pretrained(model_name)
-        model = AutoModelForTokenClassification.from_pretrained(
-            model_name,
-            dtype="float32",
-            ignore_mismatched_sizes=True,  # a classifier of other tags gets a new head
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-        )
+    head = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = load_classifier(AutoModelForTokenClassification, model_name, **head)
     with args.main_process_first(desc="tokenizing"):
         options = {
             "tokenizer": tokenizer,
@@ -120,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         eval_dataset=splits["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorForTokenClassification(tokenizer),
-        compute_metrics=accuracy_and_f1,
+        compute_metrics=word_accuracy_and_f1,
     )
     # The loss is a mean over each batch: see text_classification.py.
     trainer.model_accepts_loss_kwargs = False

@@ -130,8 +130,7 @@ def _refuse_untested(settings: Mapping[str, Any], name: str) -> None:
             continue
         full = f"{name}.{key}" if name else key
         if key not in TESTED[name]:
-            parent = next((part for part in REMEDIES if name == part), full)
-            raise _untested(full, value, REMEDIES.get(parent, INSTEAD))
+            raise _untested(full, value, REMEDIES.get(name) or REMEDIES.get(full, INSTEAD))
         if full in TESTED:
             _refuse_untested(value, full)
 
