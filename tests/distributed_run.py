@@ -22,7 +22,7 @@ from hf_xsam import XSAMCallback, XSAMConfig, XSAMTrainerMixin
 from hf_xsam.functional.tensors import is_sharded, local
 from hf_xsam.sharpness import MeasureSettings
 from hf_xsam.step.scope import trainable_parameters
-from tests.helpers import arguments, examples_of, logs_of, shard_on_cpu
+from tests.helpers import arguments, end_together, examples_of, logs_of, shard_on_cpu
 from tests.models import adapted, bert, sentences
 
 MODELS = {
@@ -193,9 +193,7 @@ def main():
             results[name] = train(case, case.get("folder", folder))
     if PartialState().is_main_process:
         torch.save(results, output)
-    if PartialState().use_distributed:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    end_together()
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from hf_xsam import XSAMCallback, XSAMConfig
 from hf_xsam.functional.tensors import local
 from hf_xsam.sharpness import top_eigenpair
 from tests.distributed_run import MeanLoss, MeanLossXSAM
-from tests.helpers import arguments, examples_of, logs_of
+from tests.helpers import arguments, end_together, examples_of, logs_of
 from tests.models import adapted, bert, sentences
 
 # With three classes, parameters do not divide by the number of processes.
@@ -151,8 +151,7 @@ def main():
             results[name] = train(case, case.get("folder", folder))
     if PartialState().is_main_process:
         torch.save(results, output)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_together()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import distributed, nn
 
 from hf_xsam import XSAMConfig
 from hf_xsam.integrations.sentence_transformers import XSAMSentenceTransformerTrainer
-from tests.helpers import PLAIN, weights_of
+from tests.helpers import PLAIN, end_together, weights_of
 from tests.integrations.test_sentence_transformers import LOSSES, trained
 
 
@@ -40,4 +40,4 @@ try:
 except ValueError as error:
     assert "The loss has trainable parameters of its own" in str(error)  # noqa: PT017
     print("equal", flush=True)
-distributed.destroy_process_group()
+end_together()

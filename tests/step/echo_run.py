@@ -9,7 +9,7 @@ from accelerate import PartialState
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from hf_xsam import XSAMConfig, XSAMTrainer
-from tests.helpers import arguments, examples_of
+from tests.helpers import arguments, end_together, examples_of
 from tests.models import Smooth, points
 
 COUNT = 0
@@ -25,3 +25,4 @@ class Counting(Smooth):
 config = XSAMConfig(rho=0.1, ascent=sys.argv[1], replay_check="every")
 settings = arguments(tempfile.mkdtemp(), max_steps=2)
 XSAMTrainer(Counting(), settings, train_dataset=examples_of(points()), xsam_config=config).train()
+end_together()
