@@ -31,7 +31,9 @@ def grid(task: Task, mode: str) -> list[tuple[float, float | None]]:
     """Return the learning rates and rhos tried for a mode; as many points for each."""
     if mode == "stock":
         return [(rate, None) for rate in task.stock_learning_rates]
-    return [(rate, radius(rho, mode)) for rate in task.learning_rates for rho in task.rhos]
+    starts_late = "start_step" in (MODES[mode].xsam or {})
+    rates = (starts_late and task.late_learning_rates) or task.learning_rates
+    return [(rate, radius(rho, mode)) for rate in rates for rho in task.rhos]
 
 
 def tuning_jobs(name: str, modes: Iterable[str], epochs: float | None = None) -> list[Job]:

@@ -35,6 +35,7 @@ class Task:
         metric, greater_is_better: what is reported, and which way is better.
         learning_rate, rho: of the runs that tune nothing.
         learning_rates, rhos: the grid of each mode but the stock optimizer; a mode may multiply the rhos.
+        late_learning_rates: in their place for a mode that starts late, whose first steps are the stock optimizer's.
         stock_learning_rates: as many for the stock optimizer, which has no rho, as the grid has points.
         xsam: fields of `XSAMConfig` that the task sets for all these modes.
         modes: that are run when none is named.
@@ -56,6 +57,7 @@ class Task:
     train_sample: int
     curvature_sample: int
     curvature_hvp: str = "exact"
+    late_learning_rates: Sequence[float] = ()
     tuning_seeds: Sequence[int] = (100, 101)
     metric: str = "accuracy"
     greater_is_better: bool = True
@@ -123,10 +125,12 @@ CNN_WRONG_LABELS: dict[str, Any] = {
     "arguments": CNN_ARGUMENTS,
     "learning_rate": 0.05,
     "rho": 0.1,
-    # Widened once: of 0.02 and 0.05 times 0.05, 0.1 and 0.2, the best was at an end, and so was the stock optimizer's.
-    "learning_rates": (0.01, 0.02, 0.05),
+    # Widened twice: of 0.02 and 0.05 times 0.05, 0.1 and 0.2, the best was at an end, and so was the stock optimizer's,
+    # then again with 0.01 and 0.4.
+    "learning_rates": (0.005, 0.01, 0.02, 0.05),
+    "late_learning_rates": (0.0005, 0.001, 0.002, 0.005),
     "rhos": (0.1, 0.2, 0.4),
-    "stock_learning_rates": (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+    "stock_learning_rates": (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2),
     "train_sample": 1077,
     "curvature_sample": 1077,
     **WRONG_LABELS,
