@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from forgetting import beyond_stock, by_seed
 from gains import CLEAN, WRONG, Values, price, stopped_early
 from intervals import Difference, holm, mean_and_deviation, paired_difference
 from tables import MINUS, Runs, metric_of, table, values
@@ -84,7 +85,8 @@ SITUATIONS = [
     Situation("clean examples, small ViT from scratch, 20 epochs", "digits_vit"),
     Situation("LoRA of a language model, one epoch", "movie_text_lora"),
     Situation("long training from scratch on clean data", None),
-    Situation("finetuning that must not forget what the model knew", None),
+    Situation("finetuning that must not forget what the model knew; LoRA", "movie_text_forgetting_lora"),
+    Situation("finetuning that must not forget what the model knew; all weights", "movie_text_forgetting"),
     Situation("large models", None),
 ]
 
@@ -124,23 +126,47 @@ def named(differences: Mapping[str, Difference], numbers: Mapping[str, Values], 
     return "do not use it" if len(sure) == len(differences) else "no gain shown"
 
 
-def row_of(situation: Situation, found: Mapping[tuple[str, str], Runs]) -> list[str] | None:
-    """Return the row of a situation; None where it, or what has to be beaten in it, was not measured."""
-    task = situation.task
-    runs = found.get((task or "", "tuned"), {})
-    modes = [mode for mode in CANDIDATES if task and measured(mode, task, runs)]
-    if task is None or not modes or any(len(runs.get(mode, {})) < SEEDS for mode, _ in situation.baselines):
-        return None
-    sign = 1 if TASKS[task].greater_is_better else -1
-    label, reference = best_baseline(situation, task, runs)
-    numbers = {mode: situation.read(task, runs[mode]) for mode in modes}
-    differences = {mode: paired_difference(numbers[mode], reference) for mode in modes}
+def cells_of(numbers: Mapping[str, Values], reference: Values, runs: Runs, sign: int) -> list[str]:
+    """Return the cells of a row's modes, and of the mode to use."""
+    differences = {mode: paired_difference(each, reference) for mode, each in numbers.items()}
     cells = [
         f"{differences[mode]}, {price(runs, mode):.1f}x" if mode in differences else NOT_MEASURED for mode in CANDIDATES
     ]
+    return [*cells, named(differences, numbers, runs, sign)]
+
+
+def tuned_row(situation: Situation, task: str, runs: Runs) -> list[str] | None:
+    """Return the row of a situation that is read from tuned runs."""
+    modes = [mode for mode in CANDIDATES if measured(mode, task, runs)]
+    if not modes or any(len(runs.get(mode, {})) < SEEDS for mode, _ in situation.baselines):
+        return None
+    label, reference = best_baseline(situation, task, runs)
+    numbers = {mode: situation.read(task, runs[mode]) for mode in modes}
     average, _ = mean_and_deviation(reference.values())
     baseline = f"{label}: {TASKS[task].metric} {average:.3g}"
-    return [situation.text, baseline, *cells, named(differences, numbers, runs, sign)]
+    sign = 1 if TASKS[task].greater_is_better else -1
+    return [situation.text, baseline, *cells_of(numbers, reference, runs, sign)]
+
+
+def forgetting_row(situation: Situation, runs: Runs) -> list[str] | None:
+    """Return the row of a situation in which less is to be forgotten than by the stock optimizer at the same loss."""
+    found = {mode: by_seed(beyond_stock(runs, mode)) for mode in CANDIDATES if mode in runs}
+    numbers = {mode: each for mode, each in found.items() if len(each) >= SEEDS}
+    if not numbers:
+        return None
+    reference = {seed: 0.0 for each in numbers.values() for seed in each}
+    baseline = "`stock` at the same loss on the new text: rise of the loss on documentation"
+    return [situation.text, baseline, *cells_of(numbers, reference, runs, -1)]
+
+
+def row_of(situation: Situation, found: Mapping[tuple[str, str], Runs]) -> list[str] | None:
+    """Return the row of a situation; None where it, or what has to be beaten in it, was not measured."""
+    task = situation.task
+    if task is None:
+        return None
+    if TASKS[task].swept:
+        return forgetting_row(situation, found.get((task, "sweep"), {}))
+    return tuned_row(situation, task, found.get((task, "tuned"), {}))
 
 
 def decisions(found: Mapping[tuple[str, str], Runs]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sklearn.datasets
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
@@ -93,17 +94,30 @@ def movie_sentences(seed: int, train_samples: int, wrong: float = 0.0, held_out:
     return Prepared(model, splits, settings, wrong_validation(splits, wrong, 2, seed))
 
 
-def movie_text(seed: int) -> Prepared:
-    """Prepare SmolLM2 with LoRA for sentences of movie reviews, joined and cut into pieces of 64 tokens."""
-    recipe = causal_lm.CausalArguments(use_peft=True, lora_r=8, lora_alpha=16, packing=True, max_length=64)
+def descriptions() -> Dataset:
+    """Return what scikit-learn's documentation says of each of its data sets: prose that language models know well."""
+    files = sorted(Path(sklearn.datasets.__file__).parent.glob("descr/*.rst"))
+    return Dataset.from_dict({"text": [file.read_text(encoding="utf-8") for file in files]})
+
+
+def movie_text(seed: int, lora: bool = True) -> Prepared:
+    """Prepare SmolLM2, with LoRA or all of its weights, for sentences of movie reviews; `elsewhere` is documentation.
+
+    The sentences are joined and cut into pieces of 64 tokens. Training makes the model used to pieces that begin
+    anywhere, whatever they are about. So each text of `elsewhere` is read from its beginning, 256 tokens of it.
+    """
+    recipe = causal_lm.CausalArguments(use_peft=lora, lora_r=8, lora_alpha=16, packing=True, max_length=64)
     model, tokenizer = load_model(recipe)
     splits = movie_prompts().shuffle(seed=SPLIT_SEED)
     sizes = {"train": 256, "validation": 64, "test": 128}
     splits = DatasetDict({name: splits[name].select(range(size)) for name, size in sizes.items()})
+    encode = partial(encode_language, tokenizer=tokenizer, columns=(recipe.text_column,))
     # Texts stay whole: packing cuts them.
-    encode = partial(encode_language, tokenizer=tokenizer, columns=(recipe.text_column,), max_length=None)
-    splits = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
+    whole = {"fn_kwargs": {"max_length": None}, "remove_columns": splits["train"].column_names}
+    splits = splits.map(encode, batched=True, **whole)
     splits = splits.map(causal_lm.pack, batched=True, fn_kwargs={"length": recipe.max_length})
+    begun = {"fn_kwargs": {"max_length": 256}, "remove_columns": recipe.text_column}
+    splits["elsewhere"] = descriptions().map(encode, batched=True, **begun)
     set_seed(seed)
     settings = {
         "processing_class": tokenizer,
@@ -111,7 +125,7 @@ def movie_text(seed: int) -> Prepared:
         "compute_metrics": causal_lm.perplexity_and_accuracy,
         "preprocess_logits_for_metrics": causal_lm.token_losses,
     }
-    return Prepared(get_peft_model(model, lora_config(recipe)), splits, settings)
+    return Prepared(get_peft_model(model, lora_config(recipe)) if lora else model, splits, settings)
 
 
 def digit_splits(encode: Callable[[list], torch.Tensor], wrong: float, seed: int) -> dict[str, list[dict]]:

@@ -36,18 +36,25 @@ def grid(task: Task, mode: str) -> list[tuple[float, float | None]]:
     return [(rate, radius(rho, mode)) for rate in rates for rho in task.rhos]
 
 
-def tuning_jobs(name: str, modes: Iterable[str], epochs: float | None = None) -> list[Job]:
-    """Return the runs that the settings of `modes` are chosen by; a "_long" mode takes those of the mode it extends."""
+def grid_jobs(
+    name: str, part: str, modes: Sequence[str], seeds: Iterable[int], epochs: float | None = None
+) -> list[Job]:
+    """Return a run of each point of the grid, all modes of a point before the next point, all points of a seed."""
     task = TASKS[name]
     epochs = task.arguments["num_train_epochs"] if epochs is None else epochs
-    tuned = [mode for mode in MODES if mode in {mode.removesuffix(LONG) for mode in modes}]
-    points = len(grid(task, "stock"))
+    points = range(len(grid(task, "stock")))
     return [
-        Job(name, "tuning", mode, seed, *grid(task, mode)[point], epochs)
-        for seed in task.tuning_seeds
-        for point in range(points)
-        for mode in tuned
+        Job(name, part, mode, seed, *grid(task, mode)[point], epochs)
+        for seed in seeds
+        for point in points
+        for mode in modes
     ]
+
+
+def tuning_jobs(name: str, modes: Iterable[str], epochs: float | None = None) -> list[Job]:
+    """Return the runs that the settings of `modes` are chosen by; a "_long" mode takes those of the mode it extends."""
+    tuned = [mode for mode in MODES if mode in {mode.removesuffix(LONG) for mode in modes}]
+    return grid_jobs(name, "tuning", tuned, TASKS[name].tuning_seeds, epochs)
 
 
 def chosen_settings(jobs: Sequence[Job], results: Path, task: Task) -> tuple[float, float | None] | None:
@@ -82,7 +89,7 @@ def reporting_jobs(
 
     Args:
         name: the task's.
-        part: "fixed" or "tuned".
+        part: "fixed", "tuned" or "sweep".
         modes, seeds: to run.
         results: folder with the results of tuning and the costs of a step.
         epochs: instead of the task's.
@@ -90,6 +97,8 @@ def reporting_jobs(
     Returns:
         The runs, and the modes that wait for a result of tuning, or for the cost of a step, that there is not.
     """
+    if part == "sweep":
+        return grid_jobs(name, part, modes, seeds, epochs), []
     task = TASKS[name]
     epochs = task.arguments["num_train_epochs"] if epochs is None else epochs
     cost = load(name, results).get(CostJob(name).key)

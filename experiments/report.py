@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from claims import CLAIMS, claim_rows, overview, short
 from decision import decisions
 from figures import draw, draw_gains
+from forgetting import forgetting
 from gains import gains, short_gains
 from pages import filled
 from records import RESULTS, load
@@ -30,12 +31,14 @@ PARTS = {"tuned": "each mode's own settings", "fixed": "the same settings for al
 def load_all(results: Path) -> dict[tuple[str, str], Runs]:
     """Return the records of every task and settings that have any."""
     records = {task: load(task, results) for task in TASKS}
-    return {(task, part): runs for task in TASKS for part in PARTS if (runs := runs_of(records[task], part))}
+    return {
+        (task, part): runs for task in TASKS for part in (*PARTS, "sweep") if (runs := runs_of(records[task], part))
+    }
 
 
 def first_tasks(found: Found) -> Found:
     """Return the runs of the first tasks, which have tables of their own."""
-    return {key: runs for key, runs in found.items() if not TASKS[key[0]].watched}
+    return {(task, part): runs for (task, part), runs in found.items() if part in PARTS and not TASKS[task].watched}
 
 
 def later_tasks(found: Found) -> dict[str, Runs]:
@@ -71,6 +74,16 @@ def wrong_labels(found: Found, results: Path) -> str:
     return "\n\n".join(texts) or "There are no results yet."
 
 
+def sweeps(found: Found) -> str:
+    """Return all tables of the tasks of forgetting."""
+    texts = [
+        f"### {task}\n\n{forgetting(runs)}"
+        for (task, part), runs in found.items()
+        if part == "sweep" and "stock" in runs  # which the others are compared with
+    ]
+    return "\n\n".join(texts) or "There are no results yet."
+
+
 def first_page(found: Found) -> str:
     """Return the main README's table of the tasks with wrong labels, and the figure of gain and price."""
     text = short_gains(later_tasks(found))
@@ -85,6 +98,7 @@ def pages(found: Found, results: Path, root: Path) -> dict[Path, str]:
             "results": report(found, results),
             "overview": overview(found),
             "wrong_labels": wrong_labels(found, results),
+            "forgetting": sweeps(found),
         },
         root / "README.md": {"experiments": short(found), "wrong_labels": first_page(found)},
         root / "docs" / "when-to-use.md": {"decisions": decisions(found)},

@@ -169,12 +169,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=["tuned", "fixed"],
         default=["tuned"],
-        help="learning rate and rho: each mode's best on the validation split, or the task's own for all modes",
+        help="learning rate and rho: each mode's best on the validation split, or the task's own for all modes; tasks "
+        "of forgetting run all of their learning rates instead",
     )
     parser.add_argument("--epochs", type=float, help="train for so many epochs, to try the command out")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes side by side, a core each")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     options = parser.parse_args(argv)
+    swept = [name for name in options.tasks if TASKS[name].swept]
+    if swept and (longer := [mode for mode in options.modes or () if mode.endswith(LONG)]):
+        parser.error(
+            f"--modes has {longer}, but {swept[0]} has equal steps in all modes; leave them out or name other --tasks."
+        )
     if clash := {seed for name in options.tasks for seed in TASKS[name].tuning_seeds} & set(options.seeds):
         parser.error(f"--seeds has {sorted(clash)}, which the settings are chosen by; report others.")
     return options
@@ -197,10 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             modes = options.modes or default_modes(TASKS[name])
             if any(mode.endswith(LONG) for mode in modes):
                 run_missing([CostJob(name)], workers=1)  # undisturbed
-            if "tuned" in options.settings:
+            parts = ["sweep"] if TASKS[name].swept else options.settings
+            if "tuned" in parts:
                 run_missing(tuning_jobs(name, modes, options.epochs), options.workers)
             reporting: list[AnyJob] = []
-            for part in options.settings:
+            for part in parts:
                 jobs, waiting = reporting_jobs(name, part, modes, options.seeds, options.results, options.epochs)
                 missing += [f"{name}, {part}, {mode}" for mode in waiting]
                 reporting += jobs

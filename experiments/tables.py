@@ -13,16 +13,21 @@ from tasks import TASKS
 EIGENVALUE = "top_eigenvalue"
 MINUS = "\N{MINUS SIGN}"
 
-Runs = Mapping[str, Mapping[int, dict[str, Any]]]  # mode -> seed -> record
+Runs = Mapping[str, Mapping[Any, dict[str, Any]]]  # mode -> seed, or (learning rate, seed) of a sweep -> record
 
 
 def runs_of(records: Mapping[str, dict[str, Any]], part: str) -> Runs:
-    """Return a task's records of "tuned" or "fixed" settings by mode, in the modes' order, and seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+    """Return a task's records of "tuned" or "fixed" settings by mode, in the modes' order, and seed.
+
+    Those of a "sweep" are by mode, and learning rate and seed.
+    """
+    found: dict[str, dict[Any, dict[str, Any]]] = {}
     for mode in ALL_MODES:
         for key, record in records.items():
             if key.startswith(f"{part}/{mode}/"):
-                found.setdefault(mode, {})[record["seed"]] = record
+                seed = record["seed"]
+                run = (record["settings"]["learning_rate"], seed) if part == "sweep" else seed
+                found.setdefault(mode, {})[run] = record
     return found
 
 

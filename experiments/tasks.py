@@ -5,7 +5,7 @@ the data, dropout, and what a task draws from its training examples: which 500, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,8 @@ class Task:
         xsam: fields of `XSAMConfig` that the task sets for all these modes.
         modes: that are run when none is named.
         watched: whether a classifier is scored after each epoch, and under damage at the end.
-        tuning_seeds: that the grid is tried with; the reported runs have others.
+        tuning_seeds: that the grid is tried with; the reported runs have others. Empty where nothing is chosen and all
+            of the grid is reported, a sweep.
         train_sample: training examples that the final training loss is measured on, the first ones.
         curvature_sample: training examples that the final top eigenvalue is measured on, the first ones.
         curvature_hvp: how its products are computed. Finite differences cost half, and are exact enough on MiniLM.
@@ -65,6 +66,11 @@ class Task:
     mean_loss: bool = True
     modes: Sequence[str] = MODES_OF_FIRST_TASKS
     watched: bool = False
+
+    @property
+    def swept(self) -> bool:
+        """Whether all of the grid is reported."""
+        return not self.tuning_seeds
 
 
 MOVIES: dict[str, Any] = {
@@ -136,6 +142,43 @@ CNN_WRONG_LABELS: dict[str, Any] = {
     **WRONG_LABELS,
 }
 
+MOVIE_TEXT = Task(
+    movie_text,
+    {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "warmup_steps": 0.1,
+    },
+    learning_rate=1e-3,
+    rho=0.01,
+    learning_rates=(5e-4, 1e-3, 2e-3),
+    rhos=(0.003, 0.01),
+    stock_learning_rates=(2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
+    train_sample=16,
+    curvature_sample=4,
+    tuning_seeds=(100,),
+    xsam=FIRST_ESTIMATE,
+    metric="perplexity",
+    greater_is_better=False,
+    mean_loss=False,
+)
+
+
+def forgetting_task(lora: bool, learning_rates: Sequence[float]) -> Task:
+    """Return the task that asks what a finetuning on movie reviews forgets, at the same learning rates in each mode."""
+    return replace(
+        MOVIE_TEXT,
+        prepare=partial(movie_text, lora=lora),
+        learning_rates=learning_rates,
+        rhos=(MOVIE_TEXT.rho,),
+        stock_learning_rates=learning_rates,
+        tuning_seeds=(),
+        xsam={},
+        modes=("stock", "sam", "one_pass"),
+    )
+
+
 TASKS: dict[str, Task] = {
     "digits_cnn": Task(
         partial(digits_cnn, wrong=0.1),
@@ -179,27 +222,7 @@ TASKS: dict[str, Task] = {
         tuning_seeds=(100,),
         **MOVIES,
     ),
-    "movie_text_lora": Task(
-        movie_text,
-        {
-            "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 8,
-            "warmup_steps": 0.1,
-        },
-        learning_rate=1e-3,
-        rho=0.01,
-        learning_rates=(5e-4, 1e-3, 2e-3),
-        rhos=(0.003, 0.01),
-        stock_learning_rates=(2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 4e-3),
-        train_sample=16,
-        curvature_sample=4,
-        tuning_seeds=(100,),
-        xsam=FIRST_ESTIMATE,
-        metric="perplexity",
-        greater_is_better=False,
-        mean_loss=False,
-    ),
+    "movie_text_lora": MOVIE_TEXT,
     "digits_cnn_wrong40": Task(partial(digits_cnn, wrong=0.4), **CNN_WRONG_LABELS),
     "digits_cnn_wrong60": Task(partial(digits_cnn, wrong=0.6), **CNN_WRONG_LABELS),
     "digits_vit_wrong40": Task(
@@ -225,4 +248,6 @@ TASKS: dict[str, Task] = {
         xsam={"rho_warmup_steps": 30},
         **WRONG_LABELS,
     ),
+    "movie_text_forgetting_lora": forgetting_task(lora=True, learning_rates=(5e-4, 2e-3, 4e-3, 8e-3)),
+    "movie_text_forgetting": forgetting_task(lora=False, learning_rates=(3e-5, 1e-4, 2e-4, 4e-4)),
 }

@@ -4,7 +4,7 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,8 @@ from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.sharpness import MeasureSettings, measure
 
 WATCHED = ("validation", "test")  # the splits that a watched task is scored on after each epoch
+SWEPT = ("test", "elsewhere")  # the splits that a sweep is scored on before training and after it
+GRID = ("tuning", "sweep")  # the parts whose runs of a mode and seed differ in learning rate or rho
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "scikit-learn", "scipy", "numpy")
 
 
@@ -31,7 +33,8 @@ class Job:
 
     Attributes:
         task: a key of `TASKS`.
-        part: "fixed", the task's own learning rate and rho; "tuning", one point of the grid; "tuned", the best one.
+        part: "fixed", the task's own learning rate and rho; "tuning", one point of the grid; "tuned", the best one;
+            "sweep", one point of a grid that is reported.
         mode: one of `ALL_MODES`.
         seed: of the run.
         learning_rate, rho: rho is None for the stock optimizer.
@@ -48,13 +51,13 @@ class Job:
 
     def __str__(self) -> str:
         grid = f", learning rate {self.learning_rate:g}" + ("" if self.rho is None else f", rho {self.rho:g}")
-        return f"{self.task}, {self.part}, {self.mode}, seed {self.seed}" + grid * (self.part == "tuning")
+        return f"{self.task}, {self.part}, {self.mode}, seed {self.seed}" + grid * (self.part in GRID)
 
     @property
     def key(self) -> str:
         """Return what the run's record is found by among its task's."""
         rho = "" if self.rho is None else f"_rho{self.rho:g}"
-        name = f"lr{self.learning_rate:g}{rho}_seed{self.seed}" if self.part == "tuning" else str(self.seed)
+        name = f"lr{self.learning_rate:g}{rho}_seed{self.seed}" if self.part in GRID else str(self.seed)
         return f"{self.part}/{self.mode}/{name}"
 
     def xsam_config(self) -> XSAMConfig | None:
@@ -86,7 +89,8 @@ class Job:
         """Train and measure, on one thread; return the record: settings, versions, metrics and cost.
 
         Losses and metrics are measured in evaluation mode, the training loss on the task's sample of training examples
-        with the labels that were trained on. `test` is left out where the run is there for tuning.
+        with the labels that were trained on. `test` is left out where the run is there for tuning. A sweep has `test`
+        and `elsewhere` alone, and both of them `before` training.
         """
         torch.set_num_threads(1)
         task, began = TASKS[self.task], time.monotonic()
@@ -95,6 +99,7 @@ class Job:
             trainer = build_trainer(self, prepared, training_arguments(self, folder))
             watched = task.watched and self.part != "tuning"
             sets = {name: collated(trainer, prepared.splits[name]) for name in WATCHED if watched}
+            before = scored(trainer, prepared, task, SWEPT if self.part == "sweep" else ())
             watch = Watch(sets, prepared.wrong_labels)
             trainer.add_callback(watch)
             forward_passes = ForwardPasses(prepared.model)
@@ -106,10 +111,12 @@ class Job:
                 "steps": trainer.state.global_step,
                 "forward_passes": forward_passes.stop() - watch.forward_passes,
             }
-            metrics = {"validation": evaluate(trainer, prepared.splits["validation"], task)}
-            if self.part != "tuning":
+            after = {"sweep": SWEPT, "tuning": ("validation",)}.get(self.part, ("validation", "test"))
+            metrics: dict[str, Any] = scored(trainer, prepared, task, after)
+            if self.part == "sweep":
+                metrics["before"] = before
+            elif self.part != "tuning":
                 sample = first(prepared.splits["train"], task.train_sample)
-                metrics |= {"test": evaluate(trainer, prepared.splits["test"], task)}
                 metrics |= {"train": evaluate(trainer, sample, task)}
                 metrics["loss_gap"] = metrics["test"]["loss"] - metrics["train"]["loss"]
                 metrics["top_eigenvalue"] = top_eigenvalue(trainer, task)
@@ -214,6 +221,11 @@ def evaluate(trainer: Trainer, examples: Any, task: Task) -> dict[str, float]:
     """Return loss and the task's metric on `examples`."""
     found = trainer.evaluate(examples)
     return {"loss": found["eval_loss"], task.metric: found[f"eval_{task.metric}"]}
+
+
+def scored(trainer: Trainer, prepared: Prepared, task: Task, splits: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return loss and the task's metric on each of the splits named."""
+    return {name: evaluate(trainer, prepared.splits[name], task) for name in splits}
 
 
 def provenance() -> dict[str, Any]:

@@ -74,7 +74,7 @@ class TestReport:
         results, page = tmp_path / "results", tmp_path / "experiments" / "README.md"
         page.parent.mkdir()
         empty = "<!-- {0}: begin --><!-- {0}: end -->"
-        old = "\n".join(map(empty.format, ("overview", "wrong_labels")))
+        old = "\n".join(map(empty.format, ("overview", "wrong_labels", "forgetting")))
         old += "\n<!-- results: begin -->\nold\n<!-- results: end -->"
         page.write_text(f"before\n{old}\nafter\n")
         (tmp_path / "README.md").write_text(empty.format("experiments") + empty.format("wrong_labels"))
