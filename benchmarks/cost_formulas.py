@@ -48,12 +48,12 @@ class Policy:
         return (1 if self.config is None else 2) + (0 if self.exact else self.products)
 
 
-def policies(exact: bool) -> list[Policy]:
-    """Return AdamW, SAM, X-SAM, and X-SAM with the authors' policy."""
+def policies(exact: bool, xsam: XSAMConfig | None = None) -> list[Policy]:
+    """Return AdamW, SAM, X-SAM (with the default settings unless others are given), and with the authors' policy."""
     return [
         Policy("AdamW", None),
         Policy("SAM", XSAMConfig(alpha=0.0)),
-        Policy("X-SAM", XSAMConfig(), exact),
+        Policy("X-SAM", xsam or XSAMConfig(), exact),
         Policy("X-SAM, paper", XSAMConfig.paper(), exact),
     ]
 

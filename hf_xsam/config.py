@@ -65,7 +65,7 @@ class XSAMConfig:
             as it is. Steps that are not corrected, as with alpha 0, keep its norm either way.
 
     Parameters that control the eigenvector:
-        eigen_interval (`int`, *optional*, defaults to 5):
+        eigen_interval (`int`, *optional*, defaults to 4):
             Optimizer steps between two refreshes, at least 1. The paper uses 3 and 5.
         eigen_start_step (`int`, *optional*, defaults to 0):
             Optimizer step of the first refresh. Every step before it is plain SAM.
@@ -77,7 +77,7 @@ class XSAMConfig:
         eigen_batch_fraction (`float`, *optional*, defaults to 0.25):
             Share of a step's examples that exact Hessian-vector products are computed on, above 0 to 1: the first rows
             of as many micro-batches as it takes. Finite differences take all, whose gradient is known.
-        eigen_momentum (`float`, *optional*, defaults to 0.7):
+        eigen_momentum (`float`, *optional*, defaults to 0.8):
             Weight of the old eigenvector in each power iteration, from 0 to below 1, which averages over the batches
             of several refreshes: see
             [`hf_xsam.functional.power_iteration.power_iteration`].
@@ -131,7 +131,7 @@ class XSAMConfig:
     normalize_gradient: bool = field(
         default=True, metadata={"help": "Divide the perturbed gradient by its norm, as the paper does."}
     )
-    eigen_interval: int = field(default=5, metadata={"help": "Optimizer steps between eigenvector refreshes, >= 1."})
+    eigen_interval: int = field(default=4, metadata={"help": "Optimizer steps between eigenvector refreshes, >= 1."})
     eigen_start_step: int = field(
         default=0, metadata={"help": "Optimizer step of the first eigenvector refresh, >= 0; plain SAM before it."}
     )
@@ -143,7 +143,7 @@ class XSAMConfig:
         default=0.25, metadata={"help": "Share of a step's examples for exact Hessian-vector products, > 0 to 1."}
     )
     eigen_momentum: float = field(
-        default=0.7, metadata={"help": "Weight of the old eigenvector in a power iteration, >= 0 and < 1."}
+        default=0.8, metadata={"help": "Weight of the old eigenvector in a power iteration, >= 0 and < 1."}
     )
     hvp: Hvp = field(
         default="auto",

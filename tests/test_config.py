@@ -48,12 +48,12 @@ def test_errors_name_field_value_and_what_is_allowed(field, value, allowed):
 def test_defaults_are_the_papers_but_for_rho_and_the_estimate_of_the_eigenvector():
     estimate = {
         "rho": 0.01,
-        "eigen_interval": 5,
+        "eigen_interval": 4,
         "eigen_start_step": 0,
         "eigen_warmup_steps": 80,
         "power_iterations": 1,
         "eigen_batch_fraction": 0.25,
-        "eigen_momentum": 0.7,
+        "eigen_momentum": 0.8,
     }
     assert XSAMConfig().to_dict() == XSAMConfig.paper().to_dict() | estimate
 

@@ -115,9 +115,10 @@ def power_iteration(
 ) -> Eigenpair:
     """Return the Hessian's top eigenpair, the algebraically largest, by power iteration from `start`.
 
-    Each iteration sets v to m v + (1 - m) u over its norm, u = (H - s I) v over its norm, or over the mean norm of the
-    last products where that is larger. A momentum m averages over iterations, whose H are of different batches in
-    training; those whose products are short, which tell little of the top of the spectrum, count less.
+    Each iteration sets v to m v + (1 - m) u over its norm, u = (H - s I) v over the mean of norm(H v) of the last
+    products. A momentum m averages over iterations, whose H are of different batches in training: divided by the mean
+    and not by its own norm, each counts as it does in the Hessian of all batches, and where the curvature grows, what
+    is new prevails at once.
 
     Plain power iteration (m = 0, s = 0, the paper's) finds the eigenvalue of largest absolute value. Where that is a
     negative one, v turns into its eigenvector and the Rayleigh quotient nears -norm(H v); s then lifts the negative end
@@ -146,9 +147,9 @@ def power_iteration(
         spectrum = spectrum.after(value, size)
         shift = spectrum.shift
         square = size.square() - 2 * shift * value + shift.square()  # of norm(H v - s v), for norm(v) is 1
-        length = square.clamp(min=0).sqrt()  # where v is an eigenvector of s itself, rounding may make it negative
-        gain = (1 - momentum) * reciprocal_or_zero(torch.maximum(length, spectrum.size))
-        kept = torch.where(length == 0, torch.ones_like(length), momentum - shift * gain)
+        stays = square <= 0  # v is an eigenvector of s itself; rounding may make the square negative
+        gain = torch.where(stays, 0, (1 - momentum) * reciprocal_or_zero(spectrum.size))
+        kept = torch.where(stays, 1, momentum - shift * gain)
         set_to_combination(product, gain, vector, kept)  # in place: a refresh holds two vectors, not four
         multiply(product, 1 / norm(product))
         vector = product

@@ -121,6 +121,23 @@ class TestSpectrum:
         assert abs(alone.vector[0] @ top) < 0.99
 
 
+    def test_growing_curvature_prevails_at_once_under_momentum(self):
+        usual, top = symmetric([1.0, 0.5, 0.1])
+        sharp, other = symmetric([100.0, 0.0, 0.0], seed=1)
+        known = refreshes([usual] * 8, [top])[-1].spectrum
+        [after] = refreshes([sharp], [top], momentum=0.8, spectrum=known)
+        [alone] = refreshes([sharp], [top], momentum=0.8)
+        assert abs(after.vector[0] @ other) > abs(alone.vector[0] @ other)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_where_all_directions_curve_down_alike_the_vector_stays(momentum):
+    start = random_unit_vector([torch.zeros(3, dtype=torch.double)], 0)
+    estimate = power_iteration(matrix_product(-2 * torch.eye(3, dtype=torch.double)), start, 8, momentum=momentum)
+    torch.testing.assert_close(estimate.vector, start)
+    assert estimate.value.item() == pytest.approx(-2)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("iterations", [1, 3, 30])
 def test_the_residual_is_of_the_vector_before_the_last_iteration(iterations, momentum):
