@@ -120,7 +120,6 @@ class TestSpectrum:
         assert abs(after.vector[0] @ top) > 0.9999
         assert abs(alone.vector[0] @ top) < 0.99
 
-
     def test_growing_curvature_prevails_at_once_under_momentum(self):
         usual, top = symmetric([1.0, 0.5, 0.1])
         sharp, other = symmetric([100.0, 0.0, 0.0], seed=1)
