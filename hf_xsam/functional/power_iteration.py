@@ -147,7 +147,7 @@ def power_iteration(
         spectrum = spectrum.after(value, size)
         shift = spectrum.shift
         square = size.square() - 2 * shift * value + shift.square()  # of norm(H v - s v), for norm(v) is 1
-        stays = square <= 0  # v is an eigenvector of s itself; rounding may make the square negative
+        stays = square <= 8 * torch.finfo(square.dtype).eps * size.square()  # an eigenvector of s, but for rounding
         gain = torch.where(stays, 0, (1 - momentum) * reciprocal_or_zero(spectrum.size))
         kept = torch.where(stays, 1, momentum - shift * gain)
         set_to_combination(product, gain, vector, kept)  # in place: a refresh holds two vectors, not four

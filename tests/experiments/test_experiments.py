@@ -79,7 +79,7 @@ class TestJobs:
         default = training.XSAMConfig().to_dict()
         for mode, kind in MODES.items():
             if kind.xsam is not None:
-                xsam = Job("digits_cnn_wrong40", "fixed", mode, 0, 0.05, 0.1, 40).settings()["xsam"]
+                xsam = Job("digits_vit_wrong40", "fixed", mode, 0, 1e-3, 0.1, 60).settings()["xsam"]
                 assert xsam.pop("direction", None) == ("random" if kind.random else None)
                 assert xsam == {**{name: default[name] for name in xsam}, "rho": 0.1, **kind.xsam}
 

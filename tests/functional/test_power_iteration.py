@@ -125,16 +125,9 @@ class TestSpectrum:
         sharp, other = symmetric([100.0, 0.0, 0.0], seed=1)
         known = refreshes([usual] * 8, [top])[-1].spectrum
         [after] = refreshes([sharp], [top], momentum=0.8, spectrum=known)
-        [alone] = refreshes([sharp], [top], momentum=0.8)
-        assert abs(after.vector[0] @ other) > abs(alone.vector[0] @ other)
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-def test_where_all_directions_curve_down_alike_the_vector_stays(momentum):
-    start = random_unit_vector([torch.zeros(3, dtype=torch.double)], 0)
-    estimate = power_iteration(matrix_product(-2 * torch.eye(3, dtype=torch.double)), start, 8, momentum=momentum)
-    torch.testing.assert_close(estimate.vector, start)
-    assert estimate.value.item() == pytest.approx(-2)
+        by_its_own_norm = 0.8 * top + 0.2 * torch.nn.functional.normalize(sharp @ top, dim=0)
+        by_its_own_norm = torch.nn.functional.normalize(by_its_own_norm, dim=0)
+        assert abs(after.vector[0] @ other) > abs(by_its_own_norm @ other) + 0.1
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
@@ -164,12 +157,14 @@ def test_a_product_of_zero_leaves_the_vector():
     assert estimate.residual.isnan()
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float, torch.double])
 @pytest.mark.parametrize("seed", range(8))
-def test_an_eigenvector_of_the_shift_itself_stays(seed):
-    start = random_unit_vector([torch.zeros(5)], seed)
-    estimate = power_iteration(lambda vector: [-2.3 * x for x in vector], start, 3, momentum=0.3)
-    assert estimate.is_finite()
-    assert norm(estimate.vector).item() == pytest.approx(1)
+def test_an_eigenvector_of_the_shift_itself_stays(seed, dtype, momentum):
+    start = random_unit_vector([torch.zeros(5, dtype=dtype)], seed)
+    estimate = power_iteration(lambda vector: [-2.3 * x for x in vector], start, 9, momentum=momentum)
+    torch.testing.assert_close(estimate.vector, start)
+    assert estimate.value.item() == pytest.approx(-2.3)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -66,7 +66,7 @@ class TestOverflow:
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
 def test_a_product_that_is_not_finite_costs_no_step_without_a_scaler(tmp_path, hvp):
     xsam = {"rho": 0.1, "alpha": 1.0, "eigen_warmup_steps": 0, "power_iterations": 2, "hvp": hvp}
-    xsam["replay_check"] = "never"
+    xsam |= {"replay_check": "never", "eigen_interval": 5}
     settings = Run(xsam, accumulation=1, optimizer="SGD", scaler=False, seed=0)
     trainer, inspector = run_with_fault(settings, "nan", [{"exact": 3, "finite_difference": 1}[hvp]], tmp_path)
     assert inspector.wrong == []
