@@ -113,11 +113,13 @@ def movie_text(seed: int, lora: bool = True) -> Prepared:
     splits = DatasetDict({name: splits[name].select(range(size)) for name, size in sizes.items()})
     encode = partial(encode_language, tokenizer=tokenizer, columns=(recipe.text_column,))
     # Texts stay whole: packing cuts them.
-    whole = {"fn_kwargs": {"max_length": None}, "remove_columns": splits["train"].column_names}
-    splits = splits.map(encode, batched=True, **whole)
+    columns = splits["train"].column_names
+    splits = splits.map(encode, batched=True, fn_kwargs={"max_length": None}, remove_columns=columns)
     splits = splits.map(causal_lm.pack, batched=True, fn_kwargs={"length": recipe.max_length})
-    begun = {"fn_kwargs": {"max_length": 256}, "remove_columns": recipe.text_column}
-    splits["elsewhere"] = descriptions().map(encode, batched=True, **begun)
+    known = descriptions()
+    splits["elsewhere"] = known.map(
+        encode, batched=True, fn_kwargs={"max_length": 256}, remove_columns=known.column_names
+    )
     set_seed(seed)
     settings = {
         "processing_class": tokenizer,

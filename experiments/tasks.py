@@ -11,12 +11,12 @@ from typing import Any
 
 from preparing import Prepared, digits_cnn, digits_vit, movie_sentences, movie_text
 
-# The first six tasks were run with these modes, and with this estimate of v. The library's was repaired after that, and
-# improved once more after the CNN's with wrong labels.
 MODES_OF_FIRST_TASKS = (
     *("stock", "sam", "paper", "paper_norm_kept", "projection", "aligned_0.5", "aligned_1", "aligned_2"),
     *("stock_long", "sam_long"),
 )
+
+# How v was estimated by default when the first six tasks were run, and when the CNN with wrong labels was.
 FIRST_ESTIMATE = {"eigen_interval": 10, "eigen_batch_fraction": 0.5, "eigen_momentum": 0.3}
 SECOND_ESTIMATE = {"eigen_interval": 5, "eigen_batch_fraction": 0.25, "eigen_momentum": 0.7}
 
