@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 
-DATA = Path(__file__).parent / "data"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 class Classifier(nn.Module):
@@ -41,7 +41,7 @@ class Recorder(TrainerCallback):
 @pytest.mark.parametrize("name", ["paper_sgd", "paper_adamw"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_every_step_matches_the_authors(name, micro_batches, tmp_path):
-    golden = json.loads((DATA / f"{name}.json").read_text())
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
     model = Classifier(golden["dims"]).double()
     model.layers.load_state_dict({k: torch.tensor(v, dtype=torch.double) for k, v in golden["init"].items()})
     examples = [
