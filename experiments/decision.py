@@ -17,7 +17,12 @@ from tasks import TASKS
 
 Reading = Callable[[str, Mapping[int, Any]], Values]
 SEEDS = 5
-CANDIDATES = {"sam": "SAM", "one_pass": "one pass", "paper": "X-SAM"}
+CANDIDATES = {
+    "sam": "SAM",
+    "one_pass": "one pass",
+    "one_pass_differences": "one pass, by differences",
+    "paper": "X-SAM",
+}
 NOT_MEASURED = "not measured yet"
 LEVEL = 0.05
 

@@ -147,6 +147,7 @@ def robustness_table(runs: Runs, kind: str) -> str:
 # Which part does the top eigenvector play, which the perturbation, which the late start, which the longer training?
 PAIRS = (
     *(("sam", "stock_long"), ("one_pass", "stock_long"), ("one_pass", "sam"), ("one_pass", "one_pass_random")),
+    *(("one_pass_differences", other) for other in ("stock_long", "sam", "one_pass")),
     *(("paper", "sam"), ("paper", "paper_random"), ("paper", "sam_long"), ("paper", "stock_long")),
     *(("projection", "sam"), ("projection", "projection_random"), ("aligned_0.5", "sam")),
     *((f"sam_late_{start}", "sam") for start in (0.5, 0.7, 0.9)),
@@ -202,6 +203,7 @@ FIRST_PAGE = {
     "stock_long": "stock Trainer, in X-SAM's time",
     "sam": "SAM",
     "one_pass": "one pass",
+    "one_pass_differences": "one pass, by differences",
     "paper": "X-SAM, `paper`",
 }
 SHORT_TITLES = {

@@ -35,6 +35,7 @@ PROJECTION = {"correction": "projection", "alpha": 0.2, "normalize_gradient": Fa
 SAM = {"alpha": 0.0}
 ONE_PASS = {"perturbation": "eigenvector", "alpha": 0.0, "eigen_warmup_steps": 0}
 ALONG_V = 5.0  # the best rho along v was about 5 times SAM's
+FROM_BOTH_SIDES = 3.5  # and smaller where each refresh is a difference between both sides
 LATE = (0.5, 0.7, 0.9)  # shares of all steps that are the stock Trainer's
 
 MODES: dict[str, Mode] = {
@@ -48,6 +49,7 @@ MODES: dict[str, Mode] = {
         for alpha in (0.5, 1.0, 2.0)
     },
     "one_pass": Mode(ONE_PASS, rho_factor=ALONG_V),
+    "one_pass_differences": Mode({**ONE_PASS, "hvp": "finite_difference"}, rho_factor=FROM_BOTH_SIDES),
     **{f"sam_late_{start}": Mode({**SAM, "start_step": start}) for start in LATE},
     **{f"one_pass_late_{start}": Mode({**ONE_PASS, "start_step": start}, rho_factor=ALONG_V) for start in LATE},
     "paper_random": Mode(PAPER, random=True),

@@ -21,7 +21,7 @@ FIRST_ESTIMATE = {"eigen_interval": 10, "eigen_batch_fraction": 0.5, "eigen_mome
 SECOND_ESTIMATE = {"eigen_interval": 5, "eigen_batch_fraction": 0.25, "eigen_momentum": 0.7}
 
 MODES_OF_LATER_TASKS = (
-    *("stock", "sam", "paper", "projection", "aligned_0.5", "one_pass"),
+    *("stock", "sam", "paper", "projection", "aligned_0.5", "one_pass", "one_pass_differences"),
     *("sam_late_0.5", "sam_late_0.7", "sam_late_0.9", "one_pass_late_0.5", "one_pass_late_0.7", "one_pass_late_0.9"),
     *("paper_random", "projection_random", "one_pass_random", "stock_long", "sam_long"),
 )
