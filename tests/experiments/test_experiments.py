@@ -90,9 +90,10 @@ class TestJobs:
 
     def test_a_mode_s_radii_are_multiples_of_sam_s(self):
         task = tasks.TASKS["digits_cnn_wrong40"]
-        for mode, factor in {"sam": 1, "paper_random": 1, "one_pass_differences": 3.5, "one_pass_random": 5}.items():
-            tried = sorted({rho for _, rho in protocol.grid(task, mode)})
-            assert tried == pytest.approx([0.1 * factor, 0.2 * factor, 0.4 * factor])
+        for mode, factor in {"sam": 1, "paper_random": 1, "one_pass_late_0.7": 5, "one_pass_random": 5}.items():
+            tried = {rho for _, rho in protocol.grid(task, mode)}
+            assert tried == {0.1 * factor, 0.2 * factor, 0.4 * factor}
+        assert {rho for _, rho in protocol.grid(task, "one_pass_differences")} == {0.35, 0.7, 1.4}
 
     def test_seeds_for_tuning_are_not_reported(self, capsys):
         with pytest.raises(SystemExit):
