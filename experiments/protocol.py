@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product, zip_longest
 from pathlib import Path
+from typing import Any
 
 from cost import CostJob, long_epochs
 from modes import ALL_MODES, LONG, MODES
@@ -27,49 +29,68 @@ def radius(rho: float, mode: str) -> float | None:
     return None if kind.xsam is None else float(f"{rho * kind.rho_factor:g}")
 
 
-def grid(task: Task, mode: str) -> list[tuple[float, float | None]]:
-    """Return the learning rates and rhos tried for a mode; as many points for each."""
+Axes = tuple[list[float], list[float | None]]  # learning rates, and rhos
+
+
+def axes(task: Task, mode: str) -> Axes:
+    """Return the learning rates and the rhos whose products are tried for a mode; as many points for each mode."""
     if mode == "stock":
-        return [(rate, None) for rate in task.stock_learning_rates]
+        return list(task.stock_learning_rates), [None]
     starts_late = "start_step" in (MODES[mode].xsam or {})
     rates = (starts_late and task.late_learning_rates) or task.learning_rates
-    return [(rate, radius(rho, mode)) for rate in rates for rho in task.rhos]
+    return list(rates), [radius(rho, mode) for rho in task.rhos]
+
+
+def widened(axis: list[Any], best: float | None) -> list[Any]:
+    """Return the axis with one more value beyond `best` where that is at an end, its half or its double."""
+    if best is None:  # the stock optimizer's rho
+        return axis
+    return axis + [float(f"{factor * best:g}") for end, factor in ((min, 0.5), (max, 2.0)) if end(axis) == best]
 
 
 def grid_jobs(
-    name: str, part: str, modes: Sequence[str], seeds: Iterable[int], epochs: float | None = None
+    name: str, part: str, grids: Mapping[str, Axes], seeds: Iterable[int], epochs: float | None = None
 ) -> list[Job]:
-    """Return a run of each point of the grid, all modes of a point before the next point, all points of a seed."""
-    task = TASKS[name]
-    epochs = task.arguments["num_train_epochs"] if epochs is None else epochs
-    points = range(len(grid(task, "stock")))
+    """Return a run of each point of each mode's grid, all modes of a point before the next point, seed by seed."""
+    epochs = TASKS[name].arguments["num_train_epochs"] if epochs is None else epochs
+    turns = [*zip_longest(*([(mode, *point) for point in product(*grid)] for mode, grid in grids.items()))]
     return [
-        Job(name, part, mode, seed, *grid(task, mode)[point], epochs)
+        Job(name, part, mode, seed, rate, rho, epochs)
         for seed in seeds
-        for point in points
-        for mode in modes
+        for turn in turns
+        for mode, rate, rho in filter(None, turn)
     ]
 
 
-def tuning_jobs(name: str, modes: Iterable[str], epochs: float | None = None) -> list[Job]:
-    """Return the runs that the settings of `modes` are chosen by; a "_long" mode takes those of the mode it extends."""
+def tuning_jobs(name: str, modes: Iterable[str], results: Path, epochs: float | None = None) -> list[Job]:
+    """Return the runs that the settings of `modes` are chosen by; a "_long" mode takes those of the mode it extends.
+
+    They are those of the grid and, where its best point is at an end, of the grid widened there, at most as often as
+    the task says: so what there are depends on the results so far.
+    """
     tuned = [mode for mode in MODES if mode in {mode.removesuffix(LONG) for mode in modes}]
-    return grid_jobs(name, "tuning", tuned, TASKS[name].tuning_seeds, epochs)
+    task = TASKS[name]
+    grids = {mode: axes(task, mode) for mode in tuned}
+    for _ in range(task.widenings):
+        for mode, (rates, rhos) in grids.items():
+            tried = grid_jobs(name, "tuning", {mode: (rates, rhos)}, task.tuning_seeds, epochs)
+            if best := chosen_settings(tried, results):
+                grids[mode] = widened(rates, best[0]), widened(rhos, best[1])
+    return grid_jobs(name, "tuning", grids, task.tuning_seeds, epochs)
 
 
-def chosen_settings(jobs: Sequence[Job], results: Path, task: Task) -> tuple[float, float | None] | None:
+def chosen_settings(jobs: Sequence[Job], results: Path) -> tuple[float, float | None] | None:
     """Return learning rate and rho of a mode's best runs: best mean metric on the validation split, then mean loss.
 
     Args:
         jobs: all tuning runs of one mode.
         results: the folder that holds their results.
-        task: that it is.
 
     Returns:
         None while results are missing.
     """
     scores: dict[tuple[float, float | None], list[tuple[float, float]]] = {}
-    records = load(jobs[0].task, results)
+    task, records = TASKS[jobs[0].task], load(jobs[0].task, results)
     for job in jobs:
         if job.key not in records:
             return None
@@ -98,7 +119,7 @@ def reporting_jobs(
         The runs, and the modes that wait for a result of tuning, or for the cost of a step, that there is not.
     """
     if part == "sweep":
-        return grid_jobs(name, part, modes, seeds, epochs), []
+        return grid_jobs(name, part, {mode: axes(TASKS[name], mode) for mode in modes}, seeds, epochs), []
     task = TASKS[name]
     epochs = task.arguments["num_train_epochs"] if epochs is None else epochs
     cost = load(name, results).get(CostJob(name).key)
@@ -107,7 +128,7 @@ def reporting_jobs(
         base = mode.removesuffix(LONG)
         point: tuple[float, float | None] | None = (task.learning_rate, radius(task.rho, base))
         if part == "tuned":
-            point = chosen_settings(tuning_jobs(name, [base], epochs), results, task)
+            point = chosen_settings(tuning_jobs(name, [base], results, epochs), results)
         if point is not None and (mode == base or cost):
             length = epochs if mode == base else long_epochs(epochs, mode, cost)
             found[mode] = (*point, length)

@@ -205,7 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run_missing([CostJob(name)], workers=1)  # undisturbed
             parts = ["sweep"] if TASKS[name].swept else options.settings
             if "tuned" in parts:
-                run_missing(tuning_jobs(name, modes, options.epochs), options.workers)
+                known: list[AnyJob] = []
+                # The results may widen the grid.
+                while (jobs := tuning_jobs(name, modes, options.results, options.epochs)) != known:
+                    run_missing(jobs, options.workers)
+                    known = jobs
             reporting: list[AnyJob] = []
             for part in parts:
                 jobs, waiting = reporting_jobs(name, part, modes, options.seeds, options.results, options.epochs)

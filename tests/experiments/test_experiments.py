@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ def lines_of_runs(output):
 
 class TestJobs:
     @pytest.mark.parametrize("name", [name for name, task in tasks.TASKS.items() if not task.swept])
-    def test_each_mode_is_tuned_with_as_many_runs(self, name):
-        jobs = tuning_jobs(name, ALL_MODES)
+    def test_each_mode_is_tuned_with_as_many_runs(self, name, tmp_path):
+        jobs = tuning_jobs(name, ALL_MODES, tmp_path)
         points = len(tasks.TASKS[name].stock_learning_rates)
         assert set(Counter(job.mode for job in jobs).values()) == {points * len(tasks.TASKS[name].tuning_seeds)}
         assert {job.mode for job in jobs} == set(MODES)
@@ -91,9 +92,9 @@ class TestJobs:
     def test_a_mode_s_radii_are_multiples_of_sam_s(self):
         task = tasks.TASKS["digits_cnn_wrong40"]
         for mode, factor in {"sam": 1, "paper_random": 1, "one_pass_late_0.7": 5, "one_pass_random": 5}.items():
-            tried = {rho for _, rho in protocol.grid(task, mode)}
+            tried = {*protocol.axes(task, mode)[1]}
             assert tried == {0.1 * factor, 0.2 * factor, 0.4 * factor}
-        assert {rho for _, rho in protocol.grid(task, "one_pass_differences")} == {0.35, 0.7, 1.4}
+        assert {*protocol.axes(task, "one_pass_differences")[1]} == {0.35, 0.7, 1.4}
 
     def test_seeds_for_tuning_are_not_reported(self, capsys):
         with pytest.raises(SystemExit):
@@ -107,8 +108,8 @@ class TestChoice:
         keep(job, record, results)
 
     def test_best_mean_then_loss(self, tmp_path):
-        jobs = tuning_jobs("digits_cnn", ["sam"])
-        assert chosen_settings(jobs, tmp_path, DIGITS) is None
+        jobs = tuning_jobs("digits_cnn", ["sam"], tmp_path)
+        assert chosen_settings(jobs, tmp_path) is None
         for job in jobs:
             self.finish(tmp_path, job, 0.5, 1.0)
         best = [job for job in jobs if (job.learning_rate, job.rho) == (0.05, 0.1)]
@@ -121,18 +122,36 @@ class TestChoice:
         self.finish(tmp_path, same[0], 0.9, 1.1)
         self.finish(tmp_path, same[1], 0.7, 1.1)
         self.finish(tmp_path, jobs[0], math.nan, math.nan)
-        assert chosen_settings(jobs, tmp_path, DIGITS) == (0.05, 0.1)
+        assert chosen_settings(jobs, tmp_path) == (0.05, 0.1)
         remove(best[1], tmp_path)
-        assert chosen_settings(jobs, tmp_path, DIGITS) is None
+        assert chosen_settings(jobs, tmp_path) is None
         assert reporting_jobs("digits_cnn", "tuned", ["sam"], [0], tmp_path) == ([], ["sam"])
 
     def test_lower_perplexity_is_better(self, tmp_path):
-        task = tasks.TASKS["movie_text_lora"]
-        jobs = tuning_jobs("movie_text_lora", ["stock"])
+        jobs = tuning_jobs("movie_text_lora", ["stock"], tmp_path)
         for job in jobs:
             value = {5e-4: 50.0, 4e-3: None}.get(job.learning_rate, 60.0)
             keep(job, {"metrics": {"validation": {"perplexity": value, "loss": 1.0}}}, tmp_path)
-        assert chosen_settings(jobs, tmp_path, task) == (5e-4, None)
+        assert chosen_settings(jobs, tmp_path) == (5e-4, None)
+
+    def test_the_grid_is_widened_where_its_best_point_is_at_an_end(self, tmp_path):
+        name = "digits_vit_wrong40"
+
+        def tried_after(mode, best_rate, best_rho):
+            for job in tuning_jobs(name, [mode], tmp_path):
+                distance = abs(math.log(job.learning_rate / best_rate))
+                distance += abs(math.log(job.rho / best_rho)) if job.rho else 0
+                self.finish(tmp_path, job, -distance, 1.0)
+            return {(job.learning_rate, job.rho) for job in tuning_jobs(name, [mode], tmp_path)}
+
+        rates, rhos = {1e-3, 2e-3}, {0.15, 0.3, 0.6}
+        assert tried_after("one_pass", 5e-3, 0.3) == {*product(rates | {4e-3}, rhos)}
+        assert tried_after("one_pass", 5e-3, 0.01) == {*product(rates | {4e-3}, rhos | {0.075})}
+        widest = {*product(rates | {4e-3, 8e-3}, rhos | {0.075, 0.0375})}
+        assert tried_after("one_pass", 1.0, 0.01) == tried_after("one_pass", 1.0, 0.01) == widest
+        stock_rates = {*tasks.TASKS[name].stock_learning_rates}
+        assert tried_after("stock", 1e-3, 1.0) == {*product(stock_rates, [None])}
+        assert tried_after("stock", 1e-6, 1.0) == {*product(stock_rates | {1.25e-4}, [None])}
 
 
 class TestRecords:
@@ -205,7 +224,7 @@ def test_wrong_labels():
 def test_failed_interrupted_killed_and_run_again(tmp_path):
     options = ["--tasks", "digits_cnn", "--modes", "sam", "--seeds", 0, "--epochs", 0.5, "--workers", 1]
     options += ["--results", tmp_path]
-    jobs = tuning_jobs("digits_cnn", ["sam"], 0.5)
+    jobs = tuning_jobs("digits_cnn", ["sam"], tmp_path, 0.5)
 
     # The first job's result cannot be written, the second one's process is killed; the others go on, until Ctrl-C.
     in_the_way = file_of("digits_cnn", tmp_path)
@@ -244,9 +263,7 @@ def test_failed_interrupted_killed_and_run_again(tmp_path):
     assert len(lines_of_runs(output)) == len(set(lines_of_runs(output))) == len(final) - len(second)
     assert list(tmp_path.rglob("*.error.txt")) == []
     record = final["tuned/sam/0"]
-    assert (record["settings"]["learning_rate"], record["settings"]["xsam"]["rho"]) == chosen_settings(
-        jobs, tmp_path, DIGITS
-    )
+    assert (record["settings"]["learning_rate"], record["settings"]["xsam"]["rho"]) == chosen_settings(jobs, tmp_path)
     assert set(final[jobs[0].key]["metrics"]) == {"validation"}
     assert set(record["metrics"]) == {"validation", "test", "train", "loss_gap", "top_eigenvalue"}
     assert record["cost"]["forward_passes"] == 2 * record["cost"]["steps"]

@@ -10,7 +10,7 @@ import report
 import run
 import tasks
 from intervals import paired_difference
-from protocol import grid_jobs, reporting_jobs
+from protocol import axes, grid_jobs, reporting_jobs
 from records import load, save
 from training import Job
 
@@ -45,9 +45,13 @@ CURVES = {
 SECONDS = {"stock": 10.0, "sam": 20.0, "one_pass": 12.0}
 
 
+def grids(modes):
+    return {mode: axes(tasks.TASKS[TASK], mode) for mode in modes}
+
+
 @pytest.fixture
 def results(tmp_path):
-    for job in grid_jobs(TASK, "sweep", list(CURVES), SEEDS):
+    for job in grid_jobs(TASK, "sweep", grids(CURVES), SEEDS):
         losses, rises = CURVES[job.mode]
         point = RATES.index(job.learning_rate)
         noise = 0.001 * ((3 * job.seed + len(job.mode)) % 5)  # of the rise, another one in each mode and seed
@@ -79,7 +83,7 @@ class TestJobs:
         monkeypatch.setattr(run, "run_all", lambda jobs, *_: given.extend(jobs) or [])
         options = ["--tasks", TASK, "--settings", "tuned", "fixed", "--results", str(tmp_path)]
         assert run.main(options) == 0
-        assert given == grid_jobs(TASK, "sweep", ["stock", "sam", "one_pass"], SEEDS)
+        assert given == grid_jobs(TASK, "sweep", grids(["stock", "sam", "one_pass"]), SEEDS)
 
     def test_longer_runs_are_refused(self, capsys):
         with pytest.raises(SystemExit):
