@@ -24,6 +24,8 @@ CANDIDATES = {
     "paper": "X-SAM",
 }
 NOT_MEASURED = "not measured yet"
+# The tasks whose X-SAM had a v far from the top eigenvector; on digits the first estimate was as good as later ones.
+LOST_EIGENVECTOR = ("movies_500", "movies_noise", "movies", "movie_text_lora")
 LEVEL = 0.05
 
 
@@ -97,9 +99,8 @@ SITUATIONS = [
 
 
 def measured(mode: str, task: str, runs: Runs) -> bool:
-    """Return whether there are five seeds of the mode; X-SAM's with an earlier estimate of v do not count."""
-    earlier = mode == "paper" and not TASKS[task].watched
-    return len(runs.get(mode, {})) >= SEEDS and not earlier
+    """Return whether there are five seeds of the mode; X-SAM's do not count where v was another vector."""
+    return len(runs.get(mode, {})) >= SEEDS and not (mode == "paper" and task in LOST_EIGENVECTOR)
 
 
 def best_baseline(situation: Situation, task: str, runs: Runs) -> tuple[str, Values]:
