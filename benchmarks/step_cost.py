@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py
     python benchmarks/step_cost.py --workloads bert cnn --repeats 3
-    python benchmarks/step_cost.py --device cuda --steps 10 --repeats 2
+    python benchmarks/step_cost.py --device cuda --steps 20 --repeats 2
 
 With `--device cuda`, models of a GPU's size from random weights: see `gpu_cost.py`.
 

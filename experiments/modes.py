@@ -35,6 +35,7 @@ PROJECTION = {"correction": "projection", "alpha": 0.2, "normalize_gradient": Fa
 SAM = {"alpha": 0.0}
 ONE_PASS = {"perturbation": "eigenvector", "alpha": 0.0, "eigen_warmup_steps": 0}
 ALONG_V = 5.0  # the best rho along v was about 5 times SAM's
+ALONG_RANDOM = 40.0  # and along a random direction far larger
 FROM_BOTH_SIDES = 3.5  # and smaller where each refresh is a difference between both sides
 LATE = (0.5, 0.7, 0.9)  # shares of all steps that are the stock Trainer's
 
@@ -54,7 +55,7 @@ MODES: dict[str, Mode] = {
     **{f"one_pass_late_{start}": Mode({**ONE_PASS, "start_step": start}, rho_factor=ALONG_V) for start in LATE},
     "paper_random": Mode(PAPER, random=True),
     "projection_random": Mode(PROJECTION, random=True),
-    "one_pass_random": Mode(ONE_PASS, random=True, rho_factor=ALONG_V),
+    "one_pass_random": Mode(ONE_PASS, random=True, rho_factor=ALONG_RANDOM),
 }
 LONG = "_long"  # "stock_long", "sam_long": as many steps of that mode as cost what X-SAM's run costs
 ALL_MODES = [*MODES, "stock" + LONG, "sam" + LONG]

@@ -114,5 +114,6 @@ def _task(name: str, architectures: list[str]) -> Task:
                 return task
     raise ValueError(
         f"{name!r} is a {', '.join(architectures) or 'model whose config names no architecture'}; it must be a model "
-        "for text classification, image classification or causal language modelling."
+        "for text classification, image classification or causal language modelling. Measure another one from Python, "
+        "with hf_xsam.sharpness.measure."
     )

@@ -67,7 +67,10 @@ def top_eigenpairs(
     def matvec(vector: np.ndarray) -> np.ndarray:
         result = flat(product(shaped(vector.ravel())))
         if not np.isfinite(result).all():
-            raise ArithmeticError("A Hessian-vector product is not finite: the loss overflows, or its derivatives do.")
+            raise ArithmeticError(
+                "A Hessian-vector product is not finite: the loss overflows, or its derivatives do. "
+                "Measure in float32, or on other data."
+            )
         return result
 
     operator = LinearOperator((size, size), matvec=matvec, dtype=dtype)

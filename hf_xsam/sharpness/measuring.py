@@ -156,7 +156,10 @@ def measure(
             loss, gradient = landscape.loss(), landscape.gradient()
             length = norm(gradient)
             if not math.isfinite(loss) or not torch.isfinite(length):
-                raise ArithmeticError(f"The loss is {loss}, its gradient's norm {length.item()}: they must be finite.")
+                raise ArithmeticError(
+                    f"The loss is {loss}, its gradient's norm {length.item()}: they must be finite. "
+                    "Measure in float32, on data whose loss is."
+                )
             curvature = landscape.curvature(settings.hvp)
             counter.begin("eigenvalues")
             with curvature.hessian() as product_of:

@@ -158,7 +158,8 @@ class Curvature:
             if self._hvp != "exact":
                 self.choose_method(gradient)
             if self.method == "exact":
-                raise (error.__cause__ or error) from None
+                cause = error.__cause__ or error
+                raise RuntimeError(f"hvp is {self._hvp!r}, but {error}. Use hvp='finite_difference'.") from cause
             logger.warning("X-SAM goes on with finite differences: %s.", error)
             return self.top_eigenpair(start, iterations, spectrum, momentum, gradient)
 

@@ -40,6 +40,12 @@ TESTED = {
     "zero_optimization.offload_optimizer": ("nvme_path",),
     "zero_optimization.offload_param": ("nvme_path",),
 }
+# On unless a configuration says False, with which they are not tested.
+ON_BY_DEFAULT = (
+    *("managed_gradient_accumulation", "check_grad_overflow", "load_from_fp32_weights", "compute_grad_norm"),
+    *("allgather_partitions", "use_multi_rank_bucket_allreduce", "ignore_unused_parameters"),
+    *("memory_efficient_linear", "override_module_apply"),
+)
 REMEDIES = {
     "zero_optimization.offload_optimizer": WITHOUT_OFFLOAD,
     "zero_optimization.offload_param": WITHOUT_OFFLOAD,
@@ -124,12 +130,13 @@ def _refuse_settings(configuration: Mapping[str, Any]) -> None:
 
 
 def _refuse_untested(settings: Mapping[str, Any], name: str) -> None:
-    """Refuse settings that are on and not in `TESTED`, looking into those that have settings of their own."""
+    """Refuse what is not in `TESTED` unless it is as by default, looking into settings that have some of their own."""
     for key, value in settings.items():
-        if not _is_on(value):
+        switched_off = value is False and key in ON_BY_DEFAULT
+        if not _is_on(value) and not switched_off:
             continue
         full = f"{name}.{key}" if name else key
-        if key not in TESTED[name]:
+        if key not in TESTED[name] or switched_off:
             raise _untested(full, value, REMEDIES.get(name) or REMEDIES.get(full, INSTEAD))
         if full in TESTED:
             _refuse_untested(value, full)

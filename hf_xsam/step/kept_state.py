@@ -195,7 +195,10 @@ class KeptState:
         return parts + self._object(function)
 
     def _tensor(self, tensor: Tensor) -> Iterable[Any]:
-        weight = isinstance(tensor, nn.Parameter) and (tensor.requires_grad or not tensor.is_floating_point())
+        # Those of ZeRO-3 come and go, and DeepSpeed notes itself which are there.
+        weight = isinstance(tensor, nn.Parameter) and (
+            tensor.requires_grad or not tensor.is_floating_point() or hasattr(tensor, "ds_tensor")
+        )
         if not weight and tensor.grad_fn is None and tensor.numel() <= LARGEST_TENSOR:
             self._found.append(tensor)
         return ()

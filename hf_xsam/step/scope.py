@@ -32,7 +32,10 @@ def parameters_in_scope(model: nn.Module, scope: str, field: str) -> dict[str, n
     """
     parameters = trainable_parameters(model)
     if not parameters:
-        raise ValueError(f"{field} is {scope!r}, but the model has no trainable parameter: all are frozen.")
+        raise ValueError(
+            f"{field} is {scope!r}, but the model has no trainable parameter: all are frozen. Set requires_grad "
+            "on those to train, or load an adapter with is_trainable=True."
+        )
     chosen = in_scope(parameters, scope, model)
     if not chosen:
         raise ValueError(

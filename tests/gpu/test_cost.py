@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 import hf_xsam
 from hf_xsam import XSAMConfig, XSAMTrainer
+from hf_xsam.step.moving_weights import WATCHED_STEPS
 from tests.gpu.helpers import gpu_arguments
 from tests.helpers import examples_of
 from tests.models import Smooth, bert, points, sentences
@@ -105,17 +106,19 @@ def test_waits_are_seen():
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
 @pytest.mark.parametrize(("build", "data"), [(Smooth, points), (bert, sentences)])
 def test_waits_of_a_step(tmp_path, build, data, hvp, precision):
-    """SAM's: one, whether gradient and loss are finite. A refresh: whether g is, and whether its products were."""
-    settings = {"args": gpu_arguments(tmp_path, num_train_epochs=1, **precision), "train_dataset": examples_of(data())}
+    """SAM's: one, whether gradient and loss are finite. A refresh: whether g is, and whether its products were.
+
+    The first steps wait more: the first one chooses the kind of product, for which it looks at every parameter's second
+    derivative, and each of `WATCHED_STEPS` reads twice what weights the passes move.
+    """
+    settings = {"args": gpu_arguments(tmp_path, num_train_epochs=2, **precision), "train_dataset": examples_of(data())}
     stock = CountingStock(build(), **settings)
     ours = CountingXSAM(build(), **settings, xsam_config=XSAMConfig(**STEADY, eigen_batch_fraction=1.0, hvp=hvp))
     stock.train(), ours.train()
-    assert len(stock.waits) == len(ours.waits) == 4
+    assert len(stock.waits) == len(ours.waits) == 8 > 4 > WATCHED_STEPS
     package = str(Path(hf_xsam.__file__).parent)
     own = [[place for place in places if place.startswith(package)] for places in ours.waits]
-    # Not the first step, which chooses the kind of product: it looks at every parameter's second derivative.
-    assert [len(places) for places in own[1:]] == [1, 3, 1], own[1:]
-    passes = [2, 3, 2]
-    for step, count in zip((1, 2, 3), passes, strict=True):
+    assert [len(places) for places in own[4:]] == [3, 1, 3, 1], own[4:]
+    for step, count in zip(range(4, 8), (3, 2, 3, 2), strict=True):
         of_models = len(stock.waits[step]) * count
         assert len(ours.waits[step]) == len(own[step]) + of_models, (ours.waits[step], stock.waits[step])

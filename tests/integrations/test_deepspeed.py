@@ -194,6 +194,9 @@ def half(tmp_path_factory):
     cases = {f"{mode} {stage}": of(mode, stage) for mode in MODES for stage in (0, *STAGES)}
     wide = {"data_types": {"grad_accum_dtype": "fp32"}}
     cases |= {f"wide {mode} {stage}": of(mode, stage, engine=wide) for mode in MODES for stage in (2, 3)}
+    cases |= {
+        f"LoRA {stage}": case({**XSAM, "eigen_scope": "lora"}, stage, bf16=True, model="lora") for stage in (0, *STAGES)
+    }
     for stage in STAGES:
         cases[f"interrupted {stage}"] = of("SAM", stage, sabotage={"interrupt": 5})
     return launch(2, cases, tmp_path_factory.mktemp("half"))[0]
@@ -209,6 +212,11 @@ class TestBfloat16:
         assert error < 0.02
         if mode != "stock":
             assert error < 0.1 * (moved(half["stock 0"]) - expected).norm() / expected.norm()
+
+    @pytest.mark.parametrize("stage", STAGES)
+    def test_adapters(self, half, stage):
+        expected = moved(half["LoRA 0"])
+        assert (moved(half[f"LoRA {stage}"]) - expected).norm() / expected.norm() < 0.02
 
     @pytest.mark.parametrize("stage", STAGES)
     def test_an_exception_leaves_the_weights_as_they_were(self, half, stage):
@@ -275,6 +283,11 @@ class TestRefusals:
             ({"fp16": {"enabled": True}, "bf16": {"enabled": False}}, "fp16.enabled=True.*Use bf16"),
             ({"optimizer": {"type": "Muon"}}, "optimizer.type='Muon'.*Use 'AdamW'"),
             ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel=.*Leave it out"),
+            (
+                {"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}},
+                "zero_optimization.load_from_fp32_weights=False.*Leave it out",
+            ),
+            ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "bf16.check_grad_overflow=False.*Leave it out"),
         ],
     )
     def test_settings_that_are_not_tested(self, settings, message):

@@ -109,7 +109,7 @@ def test_zero(texts, stage, monkeypatch):
     assert result.returncode == 0, result.stderr[-3000:]
     assert check(texts, 2)["eigenvector_parts"] == 2
     assert (Path(texts["output_dir"]) / "model.safetensors").exists()
-    assert "xsam/eigenvalue" in result.stdout
+    assert "xsam/rayleigh_quotient" in result.stdout
     assert "Measure the saved model" in result.stderr  # in place of the final top eigenvalue
 
 
