@@ -55,7 +55,7 @@ MODES: dict[str, Mode] = {
     **{f"one_pass_late_{start}": Mode({**ONE_PASS, "start_step": start}, rho_factor=ALONG_V) for start in LATE},
     "paper_random": Mode(PAPER, random=True),
     "projection_random": Mode(PROJECTION, random=True),
-    "one_pass_random": Mode(ONE_PASS, random=True, rho_factor=ALONG_RANDOM),
+    "one_pass_random": Mode({**ONE_PASS, "perturbation": "random"}, rho_factor=ALONG_RANDOM),
 }
 LONG = "_long"  # "stock_long", "sam_long": as many steps of that mode as cost what X-SAM's run costs
 ALL_MODES = [*MODES, "stock" + LONG, "sam" + LONG]

@@ -34,7 +34,8 @@ class XSAMConfig:
             finetuning needs less.
         perturbation (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"` perturbs along the gradient, as SAM does, which takes two passes a step. `"eigenvector"`
-            perturbs by rho * v or -rho * v, v the top eigenvector, which takes one: see [`XSAMConfig.one_pass`].
+            perturbs by rho * v or -rho * v, v the top eigenvector, and `"random"` by rho * u, u a random direction,
+            which both take one: see [`XSAMConfig.one_pass`].
         adaptive (`bool`, *optional*, defaults to `False`):
             Scale the perturbation by the weights (ASAM, arXiv 2102.11600). Its rho is 10 to 40 times larger.
         rho_warmup_steps (`int`, *optional*, defaults to 0):
@@ -101,8 +102,9 @@ class XSAMConfig:
     """
 
     rho: float = field(default=0.01, metadata={"help": "Radius of the perturbation, >= 0."})
-    perturbation: Literal["gradient", "eigenvector"] = field(
-        default="gradient", metadata={"help": "Perturb along the gradient (two passes) or the eigenvector (one)."}
+    perturbation: Literal["gradient", "eigenvector", "random"] = field(
+        default="gradient",
+        metadata={"help": "Perturb along the gradient (two passes), the eigenvector or a random direction (one pass)."},
     )
     adaptive: bool = field(default=False, metadata={"help": "Scale the perturbation by the weights (ASAM)."})
     rho_warmup_steps: int = field(
@@ -172,8 +174,8 @@ class XSAMConfig:
                 raise self._error(name, "at least 0")
         if self.start_step >= 1 and self.start_step != int(self.start_step):
             raise self._error("start_step", "a whole number of steps, or a share of them below 1")
-        if self.perturbation == "eigenvector":
-            self._refuse_with_eigenvector()
+        if self.perturbation != "gradient":
+            self._refuse_in_one_pass()
         if not 0 <= self.alpha <= 2:
             raise self._error("alpha", "from 0 to 2")
         if not 0 < self.eigen_batch_fraction <= 1:
@@ -192,11 +194,19 @@ class XSAMConfig:
         for name in ("perturb_scope", "eigen_scope"):
             refuse_scope(f"XSAMConfig.{name}", getattr(self, name))
 
-    def _refuse_with_eigenvector(self) -> None:
-        """Raise for settings of SAM's perturbation that one along the eigenvector has no meaning for."""
-        for name, only in (("adaptive", False), ("ascent", "global"), ("perturb_scope", "trainable")):
+    def _refuse_in_one_pass(self) -> None:
+        """Raise for settings of SAM's perturbation, or of the correction, that have no meaning in one pass."""
+        random = self.perturbation == "random"
+        special = (
+            ("alpha", 0, "there is no eigenvector") if random else ("perturb_scope", "trainable", "v says what moves")
+        )
+        for name, only, why in (
+            ("adaptive", False, "the direction is not the gradient's"),
+            ("ascent", "global", "the direction is not the gradient's"),
+            special,
+        ):
             if getattr(self, name) != only:
-                raise self._error(name, f"{only!r} with perturbation='eigenvector', which moves what v spans")
+                raise self._error(name, f"{only!r} with perturbation={self.perturbation!r}, for {why}")
 
     def _error(self, name: str, allowed: str) -> ValueError:
         return ValueError(f"XSAMConfig.{name} is {getattr(self, name)!r}; it must be {allowed}.")
@@ -228,6 +238,10 @@ class XSAMConfig:
         loss of the steps is then L + rho^2 / 2 * lambda in the mean, lambda the top eigenvalue, up to O(rho^4), and
         their gradient its gradient, for that of lambda needs no derivative of v (Hellmann and Feynman). The best rho
         was about 5 times SAM's. Refreshes are not denser at the beginning: with such a rho, training collapsed.
+
+        `one_pass(rho, perturbation="random")` moves them by rho * u, u a random direction that is drawn anew at each
+        step (random weight perturbation, arXiv 2404.00357): in the mean the loss is L + rho^2 / 2 * tr(H) / n of n
+        weights, again up to O(rho^4). It needs no eigenvector, and a rho about 40 times SAM's.
         """
         one_pass: dict[str, Any] = {"perturbation": "eigenvector", "alpha": 0.0, "rho": rho, "eigen_warmup_steps": 0}
         return cls(**(one_pass | settings))
@@ -298,6 +312,14 @@ class XSAMConfig:
     def rho_at(self, step: int) -> float:
         """Return the radius at X-SAM's optimizer step `step`, counted from 0, under the linear warmup."""
         return self.rho * min(1.0, step / self.rho_warmup_steps) if self.rho_warmup_steps else self.rho
+
+    def signed_rho_at(self, step: int) -> float:
+        """Return s * rho at X-SAM's optimizer step `step`, s = 1 and -1 in turn: by the step alone.
+
+        The steps that refresh v take turns too, for they may take both sides, or more time.
+        """
+        turn = step if self.eigen_interval % 2 else step + step // self.eigen_interval
+        return self.rho_at(step) * (1 if turn % 2 == 0 else -1)
 
     def eigen_interval_at(self, step: int) -> int:
         """Return the steps between two refreshes at optimizer step `step`, counted from 0, under the linear warmup."""

@@ -81,7 +81,7 @@ class XSAMTrainerMixin(_Trainer):
         """Run the stock step; after the last micro-batch of a window, replace the accumulated gradient by X-SAM's.
 
         Returns:
-            The stock step's loss, at the unperturbed weights, or with `perturbation="eigenvector"` at the perturbed.
+            The stock step's loss, at the unperturbed weights, or in one pass at the perturbed.
         """
         steps = self._xsam_steps = self._xsam_steps or self._begin_steps()
         step = self.state.global_step - self.xsam_config.first_step(self.state.max_steps)
@@ -95,7 +95,7 @@ class XSAMTrainerMixin(_Trainer):
                 switch()  # as the stock step does: a schedule-free optimizer's weights may be those to evaluate
             local = self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext()
             with window.optimizer_waits():
-                with steps.along_eigenvector(step), local:
+                with steps.perturbed_in_one_pass(step), local:
                     loss = super().training_step(model, inputs, num_items_in_batch)
                 accumulation_steps = getattr(self, "current_gradient_accumulation_steps", 1)  # set in train()
                 window.add(kept, num_items_in_batch, loss, accumulation_steps)

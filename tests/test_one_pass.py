@@ -74,7 +74,7 @@ class TestOnePass:
 
         class Recording(XSAMTrainer):
             def training_step(self, *args, **kwargs):
-                sides.append(self._xsam_steps._signed_rho(self.state.global_step) if self._xsam_steps else 0.5)
+                sides.append(self.xsam_config.signed_rho_at(self.state.global_step))
                 return super().training_step(*args, **kwargs)
 
         config = XSAMConfig.one_pass(0.5, eigen_interval=interval, replay_check="never")
@@ -183,6 +183,80 @@ class TestOnePass:
     def test_settings_without_a_meaning_are_refused(self, field, value):
         with pytest.raises(ValueError, match=rf"XSAMConfig\.{field} is {value!r}; it must be"):
             XSAMConfig.one_pass(**{field: value})
+
+
+class TestRandomDirection:
+    @staticmethod
+    def config(rho, **settings):
+        return XSAMConfig.one_pass(rho, perturbation="random", **settings)
+
+    def test_without_a_radius_it_is_the_stock_run(self, tmp_path):
+        stock, ours = (run(bert(0.1), sentences(), tmp_path, config) for config in (None, self.config(0.0)))
+        assert torch.equal(weights_of(ours.model), weights_of(stock.model))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_weights_move_by_rho_another_way_at_each_step_and_are_back(self, tmp_path, dtype):
+        moves, recorder, model = [], WeightRecorder(), Smooth().to(dtype)
+        model.register_forward_hook(lambda *_: moves.append(weights_of(model) - recorder.before[-1]))
+        batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in points().items()}
+        run(model, batch, tmp_path, self.config(0.3, replay_check="never"), callbacks=[recorder])
+        assert len(moves) == len(recorder.before) == 8  # one pass a step
+        for before, after in zip(recorder.before, recorder.after_gradient, strict=True):
+            assert torch.equal(before, after)
+        moves = torch.stack(moves).double()
+        lengths = moves.norm(dim=1)
+        torch.testing.assert_close(
+            lengths, torch.full_like(lengths, 0.3), rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0
+        )
+        cosines = (moves / lengths[:, None]) @ (moves / lengths[:, None]).T - torch.eye(8)
+        assert cosines.abs().max() < 0.7
+
+    def test_micro_batches_give_the_weights_of_the_whole_batch(self, tmp_path):
+        config = self.config(0.2)
+        whole = run(bert().double(), sentences(), tmp_path, config, MeanLossTrainer, per_device_train_batch_size=16)
+        settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
+        parts = run(bert().double(), sentences(), tmp_path, config, MeanLossTrainer, **settings)
+        torch.testing.assert_close(weights_of(parts.model), weights_of(whole.model), rtol=0, atol=1e-9)
+        assert parts.xsam_state.eigenvector is None
+
+    def test_resumes(self, tmp_path):
+        saving = {"save_strategy": "steps", "save_steps": 3}
+        whole = run(bert(0.1), sentences(), tmp_path, self.config(0.2), optimizer="AdamW", **saving)
+        resumed = XSAMTrainer(
+            bert(0.1, seed=5), arguments(tmp_path, **saving), train_dataset=examples_of(sentences()),
+            xsam_config=self.config(0.2), optimizer_cls_and_kwargs=(torch.optim.AdamW, {"lr": 1e-2}),
+        )  # fmt: skip
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
+
+    def test_another_seed_takes_other_directions(self, tmp_path):
+        one, other = (
+            run(
+                Smooth(),
+                points(8),
+                tmp_path,
+                self.config(0.5),
+                seed=seed,
+                num_train_epochs=1,
+                per_device_train_batch_size=8,
+            )
+            for seed in (0, 1)
+        )
+        assert not torch.allclose(weights_of(one.model), weights_of(other.model), atol=1e-4)
+
+    def test_a_scope_alone_moves(self, tmp_path):
+        model, recorder, moves = adapted(), WeightRecorder(), []
+        weight = model.get_parameter("base_model.model.classifier.modules_to_save.default.weight")
+        start = weight.detach().clone()
+        model.register_forward_pre_hook(lambda *_: moves.append(torch.equal(weight, start)))
+        run(model, sentences(), tmp_path, self.config(0.3, perturb_scope="lora"), callbacks=[recorder], max_steps=1)
+        assert all(moves)
+        assert not torch.equal(weight, start)
+
+    @pytest.mark.parametrize(("field", "value"), [("alpha", 0.2), ("adaptive", True), ("ascent", "local")])
+    def test_settings_without_a_meaning_are_refused(self, field, value):
+        with pytest.raises(ValueError, match=rf"XSAMConfig\.{field} is {value!r}; it must be .* perturbation='random'"):
+            self.config(0.1, **{field: value})
 
 
 class TestStartStep:

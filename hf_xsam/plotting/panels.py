@@ -122,9 +122,10 @@ def settings_of(run: Run) -> dict[str, str]:
     with_xsam = any(name.startswith("xsam/") for line in run.history for name in line)
     # The file may be left from an earlier run in the same folder.
     config = run.xsam_config if with_xsam or not run.history else None
-    one_pass = config is not None and config.perturbation == "eigenvector"
     corrected = bool(config.alpha if config else run.points("xsam/rayleigh_quotient"))
-    ours = "X-SAM, one pass" if one_pass else "X-SAM" if corrected else "SAM"
+    of_two_passes = "X-SAM" if corrected else "SAM"
+    in_one_pass = {"eigenvector": "X-SAM, one pass", "random": "one pass, random direction"}
+    ours = in_one_pass.get(config.perturbation if config else "", of_two_passes)
     method = ours if config or with_xsam else "stock Trainer" if run.history else ""
     seconds = run.results.get("train_runtime")
     return {

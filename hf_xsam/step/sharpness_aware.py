@@ -13,7 +13,7 @@ from ..config import XSAMConfig
 from ..functional.correction import correction_factors
 from ..functional.hessian_vector_products import central_difference
 from ..functional.perturbation import ascent_perturbation, perturbed
-from ..functional.power_iteration import first_vector, power_iteration
+from ..functional.power_iteration import first_vector, power_iteration, random_unit_vector
 from ..functional.tensors import dot, is_sharded, multiply, norm, scale, set_to_combination
 from ..state import XSAMState
 from .curvature import Curvature
@@ -31,6 +31,7 @@ from .replay import StepAgain, Window
 from .scope import parameters_in_scope, trainable_parameters
 from .side_effects import Surroundings
 
+SEEDS_APART = 10**9  # of the random directions of two trainings
 Parameters = Mapping[str, Tensor]  # or this process's parts of them
 
 
@@ -69,7 +70,7 @@ class SharpnessAwareSteps:
         self._rows_add_up: bool | None = None  # whether the losses of a batch's rows do; found out at the first product
         self._checked = False  # whether a step run again was seen to be the same
         self._surroundings: Surroundings | None = None  # found at the first step whose micro-batches are kept
-        self._realised: Tensor | None = None  # of the last perturbation along the eigenvector
+        self._realised: Tensor | None = None  # of the last perturbation in one pass
 
     def begin_window(self, model: nn.Module, training_step: StepAgain, trainer: Any, step: int) -> Window:
         """Begin optimizer step `step`; its micro-batches are kept if they will be run again.
@@ -110,20 +111,18 @@ class SharpnessAwareSteps:
             self.state.skipped_steps += 1
 
     @contextmanager
-    def along_eigenvector(self, step: int, side: int = 1) -> Iterator[None]:
-        """Hold the weights at w + side * eps within the block, eps = s * rho * v, if steps are perturbed along v.
+    def perturbed_in_one_pass(self, step: int, side: int = 1) -> Iterator[None]:
+        """Hold the weights at w + side * eps within the block, if steps take one pass: eps = s * rho * v, or rho * u.
 
         Without a v yet, the weights stay at w.
         """
-        if not self._moves_along_eigenvector(step):
+        if not self._moves_in_one_pass(step):
             yield
             return
         reshard(self.model)
-        signed_rho = side * self._signed_rho(step)
-        scope = self._parameters_in("eigen_scope")
-        eigenvector = self.state.eigenvector_over(scope)
-        factor = torch.tensor(signed_rho, dtype=eigenvector[0].real.dtype, device=eigenvector[0].device)
-        with self._perturbed(list(scope.values()), scale(factor, eigenvector)) as self._realised:
+        scope = self._parameters_in("perturb_scope" if self.config.perturbation == "random" else "eigen_scope")
+        # No name holds eps, whose memory is free again once the weights have moved.
+        with self._perturbed(list(scope.values()), self._eps_of_one_pass(scope, step, side)) as self._realised:
             yield
 
     def abandon(self, model: nn.Module) -> None:
@@ -139,23 +138,25 @@ class SharpnessAwareSteps:
 
     @property
     def _takes_one_pass(self) -> bool:
-        return self.config.perturbation == "eigenvector"
+        return self.config.perturbation != "gradient"
 
     @property
     def _synchronizes(self) -> bool:
         return self.config.ascent != "local"
 
-    def _moves_along_eigenvector(self, step: int) -> bool:
-        return self._takes_one_pass and self.state.eigenvalue is not None and self.config.rho_at(step) > 0
+    def _moves_in_one_pass(self, step: int) -> bool:
+        known = self.config.perturbation == "random" or self.state.eigenvalue is not None
+        return self._takes_one_pass and known and self.config.rho_at(step) > 0
 
-    def _signed_rho(self, step: int) -> float:
-        """Return s * rho, s = 1 and -1 in turn by the step alone: the same on all processes and after a resume.
-
-        The steps that refresh v take turns too, for they may take both sides, or more time.
-        """
-        interval = self.config.eigen_interval
-        turn = step if interval % 2 else step + step // interval
-        return self.config.rho_at(step) * (1 if turn % 2 == 0 else -1)
+    def _eps_of_one_pass(self, scope: Parameters, step: int, side: int) -> list[Tensor]:
+        """Return side * s * rho * v, or of a random unit vector, which seed and step decide alone, on all processes."""
+        if self.config.perturbation == "random":
+            direction = random_unit_vector(list(scope.values()), self.args.seed * SEEDS_APART + step)
+        else:
+            direction = self.state.eigenvector_over(scope)
+        signed_rho = side * self.config.signed_rho_at(step)
+        factor = torch.tensor(signed_rho, dtype=direction[0].real.dtype, device=direction[0].device)
+        return scale(factor, direction)
 
     def _nothing_learnt(self, window: Window, trainable: Parameters) -> bool:
         """Return whether the window left no gradient: a training step may skip a batch, or its loss need no weight."""
@@ -168,7 +169,7 @@ class SharpnessAwareSteps:
     def _check_replay(self, window: Window, trainable: Parameters, step: int) -> None:
         """Where it is due, warn if the window gives another loss or gradient at the same weights."""
         if window.marks is not None:
-            with self.along_eigenvector(step):
+            with self.perturbed_in_one_pass(step):
                 self._checked = check_echo(window, list(trainable.values()), self._synchronizes, window.marks)
 
     def _refresh_eigenvector(self, window: Window, trainable: Parameters, step: int) -> bool:
@@ -187,7 +188,7 @@ class SharpnessAwareSteps:
             return False
         start = state.warm_start(scope) or self._first_vector(gradient)
         curvature, momentum = self._curvature(window, parameters, gradient), config.eigen_momentum
-        elsewhere = self._moves_along_eigenvector(step)  # so that `.grad` is not of w
+        elsewhere = self._moves_in_one_pass(step)  # so that `.grad` is not of w
         if elsewhere and self.method == "finite_difference":
             product = self._product_from_both_sides(window, trainable, parameters, step)
             estimate = power_iteration(lambda _: product, start, 1, state.spectrum, momentum)
@@ -234,11 +235,11 @@ class SharpnessAwareSteps:
         """
         there = gradients(parameters)
         with window.gradients_set_aside():
-            with self.along_eigenvector(step, side=-1):
+            with self.perturbed_in_one_pass(step, side=-1):
                 window.run()
             here = gradients(parameters)
             others = {name: parameter.grad for name, parameter in trainable.items()}
-        product = central_difference(there, here, 2 * self._signed_rho(step))
+        product = central_difference(there, here, 2 * self.config.signed_rho_at(step))
         multiply(product, 1 / loss_scale(self.accelerator))
         for name, parameter in trainable.items():
             other = others[name]
@@ -254,7 +255,7 @@ class SharpnessAwareSteps:
     def _gradient_at_perturbed_weights(self, window: Window, trainable: Parameters, step: int) -> dict[str, Tensor]:
         """Put the gradient a at w + eps in place of g in `.grad`; return what is known of both passes.
 
-        If steps are perturbed along the eigenvector, `.grad` holds a already.
+        In one pass, `.grad` holds a already.
         """
         config, scaled = self.config, loss_scale(self.accelerator)
         rho = config.rho_at(step)
