@@ -12,17 +12,13 @@ from typing import Any, NamedTuple
 from forgetting import beyond_stock, by_seed
 from gains import CLEAN, WRONG, Values, price, stopped_early
 from intervals import Difference, holm, mean_and_deviation, paired_difference
+from modes import LABELS
 from tables import MINUS, Runs, metric_of, table, values
 from tasks import TASKS
 
 Reading = Callable[[str, Mapping[int, Any]], Values]
 SEEDS = 5
-CANDIDATES = {
-    "sam": "SAM",
-    "one_pass": "one pass",
-    "one_pass_differences": "one pass, by differences",
-    "paper": "X-SAM",
-}
+CANDIDATES = ("sam", "one_pass", "one_pass_differences", "one_pass_random", "paper")
 NOT_MEASURED = "not measured yet"
 # The tasks whose X-SAM had a v far from the top eigenvector; on digits the first estimate was as good as later ones.
 LOST_EIGENVECTOR = ("movies_500", "movies_noise", "movies", "movie_text_lora")
@@ -128,7 +124,7 @@ def named(differences: Mapping[str, Difference], numbers: Mapping[str, Values], 
         if choice is None or dearer_is_better.verdict == wanted:
             choice = mode
     if choice:
-        return f"**{CANDIDATES[choice]}**"
+        return f"**{LABELS[choice]}**"
     return "do not use it" if len(sure) == len(differences) else "no gain shown"
 
 
@@ -177,7 +173,7 @@ def row_of(situation: Situation, found: Mapping[tuple[str, str], Runs]) -> list[
 
 def decisions(found: Mapping[tuple[str, str], Runs]) -> str:
     """Return the table of the situations that were measured, and the others as a list."""
-    head = ["situation", "to be beaten", *(f"{name} {MINUS} that" for name in CANDIDATES.values()), "use"]
+    head = ["situation", "to be beaten", *(f"{LABELS[mode]} {MINUS} that" for mode in CANDIDATES), "use"]
     rows = {situation.text: row_of(situation, found) for situation in SITUATIONS}
     text = table(head, [row for row in rows.values() if row])
     missing = dict.fromkeys(name.partition(";")[0] for name, row in rows.items() if row is None)

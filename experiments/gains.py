@@ -10,6 +10,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from intervals import holm, mean_and_deviation, paired_difference
+from modes import LABELS
 from tables import EIGENVALUE, MINUS, Runs, metric_of, spread, table, values
 
 Record = Mapping[str, Any]
@@ -148,6 +149,7 @@ def robustness_table(runs: Runs, kind: str) -> str:
 PAIRS = (
     *(("sam", "stock_long"), ("one_pass", "stock_long"), ("one_pass", "sam"), ("one_pass", "one_pass_random")),
     *(("one_pass_differences", other) for other in ("stock_long", "sam", "one_pass")),
+    *(("one_pass_random", other) for other in ("stock_long", "sam", "one_pass_differences")),
     *(("paper", "sam"), ("paper", "paper_random"), ("paper", "sam_long"), ("paper", "stock_long")),
     *(("projection", "sam"), ("projection", "projection_random"), ("aligned_0.5", "sam")),
     *((f"sam_late_{start}", "sam") for start in (0.5, 0.7, 0.9)),
@@ -198,14 +200,6 @@ def gains(task: str, runs: Runs) -> str:
     return "\n\n".join([chosen(runs), *(f"*{name}*\n\n{text}" for name, text in sections.items())])
 
 
-FIRST_PAGE = {
-    "stock": "stock Trainer",
-    "stock_long": "stock Trainer, in X-SAM's time",
-    "sam": "SAM",
-    "one_pass": "one pass",
-    "one_pass_differences": "one pass, by differences",
-    "paper": "X-SAM, `paper`",
-}
 SHORT_TITLES = {
     "digits_cnn_wrong40": "CNN, 40% wrong",
     "digits_cnn_wrong60": "CNN, 60% wrong",
@@ -216,15 +210,15 @@ SHORT_TITLES = {
 
 def short_gains(found: Mapping[str, Runs]) -> str:
     """Return the table of README.md: mean test accuracy, then price, of a few modes; "" without five seeds of each."""
-    complete = {task: runs for task, runs in found.items() if all(len(runs.get(mode, {})) >= 5 for mode in FIRST_PAGE)}
-    rows = {label: [] for label in FIRST_PAGE.values()}
+    complete = {task: runs for task, runs in found.items() if all(len(runs.get(mode, {})) >= 5 for mode in LABELS)}
+    rows = {label: [] for label in LABELS.values()}
     stopped = {
         split: f"stock Trainer, best epoch on {kind} validation labels"
         for split, kind in ((WRONG, "wrong"), (CLEAN, "clean"))
     }
     rows |= {label: [] for label in stopped.values()}
     for task, runs in complete.items():
-        for mode, label in FIRST_PAGE.items():
+        for mode, label in LABELS.items():
             average, _ = mean_and_deviation(values(runs[mode], *metric_of(task)).values())
             rows[label].append(f"{average:.3f}, {price(runs, mode):.1f}x")
         for split, label in stopped.items():

@@ -57,6 +57,16 @@ MODES: dict[str, Mode] = {
     "projection_random": Mode(PROJECTION, random=True),
     "one_pass_random": Mode({**ONE_PASS, "perturbation": "random"}, rho_factor=ALONG_RANDOM),
 }
+# What the pages call them, where only these are shown.
+LABELS = {
+    "stock": "stock Trainer",
+    "stock_long": "stock Trainer, in X-SAM's time",
+    "sam": "SAM",
+    "one_pass": "one pass",
+    "one_pass_differences": "one pass, by differences",
+    "one_pass_random": "one pass, random direction",
+    "paper": "X-SAM",
+}
 LONG = "_long"  # "stock_long", "sam_long": as many steps of that mode as cost what X-SAM's run costs
 ALL_MODES = [*MODES, "stock" + LONG, "sam" + LONG]
 

@@ -34,8 +34,8 @@ class XSAMConfig:
             finetuning needs less.
         perturbation (`str`, *optional*, defaults to `"gradient"`):
             `"gradient"` perturbs along the gradient, as SAM does, which takes two passes a step. `"eigenvector"`
-            perturbs by rho * v or -rho * v, v the top eigenvector, and `"random"` by rho * u, u a random direction,
-            which both take one: see [`XSAMConfig.one_pass`].
+            perturbs by rho * v or -rho * v in turn, v the top eigenvector, and `"random"` along a random direction in
+            place of v, which both take one: see [`XSAMConfig.one_pass`].
         adaptive (`bool`, *optional*, defaults to `False`):
             Scale the perturbation by the weights (ASAM, arXiv 2102.11600). Its rho is 10 to 40 times larger.
         rho_warmup_steps (`int`, *optional*, defaults to 0):
@@ -67,7 +67,8 @@ class XSAMConfig:
 
     Parameters that control the eigenvector:
         eigen_interval (`int`, *optional*, defaults to 4):
-            Optimizer steps between two refreshes, at least 1. The paper uses 3 and 5.
+            Optimizer steps between two refreshes, at least 1; with `perturbation="random"`, between two directions. The
+            paper uses 3 and 5.
         eigen_start_step (`int`, *optional*, defaults to 0):
             Optimizer step of the first refresh. Every step before it is plain SAM.
         eigen_warmup_steps (`int`, *optional*, defaults to 80):
@@ -239,9 +240,10 @@ class XSAMConfig:
         their gradient its gradient, for that of lambda needs no derivative of v (Hellmann and Feynman). The best rho
         was about 5 times SAM's. Refreshes are not denser at the beginning: with such a rho, training collapsed.
 
-        `one_pass(rho, perturbation="random")` moves them by rho * u, u a random direction that is drawn anew at each
-        step (random weight perturbation, arXiv 2404.00357): in the mean the loss is L + rho^2 / 2 * tr(H) / n of n
-        weights, again up to O(rho^4). It needs no eigenvector, and a rho about 40 times SAM's.
+        `one_pass(rho, perturbation="random")` moves them along a random direction in place of v, another one every
+        `eigen_interval` steps (random weight perturbation, arXiv 2404.00357). In the mean the loss is
+        L + rho^2 / 2 * tr(H) / n then, of n weights, again up to O(rho^4). It needs no eigenvector, and a rho about 40
+        times SAM's.
         """
         one_pass: dict[str, Any] = {"perturbation": "eigenvector", "alpha": 0.0, "rho": rho, "eigen_warmup_steps": 0}
         return cls(**(one_pass | settings))

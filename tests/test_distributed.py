@@ -18,6 +18,7 @@ EIGEN = {"eigen_interval": 2, "eigen_warmup_steps": 0, "eigen_batch_fraction": 1
 XSAM = {"rho": 0.1, "alpha": 0.5, "normalize_gradient": False, **EIGEN}
 SAM = {"rho": 0.1, "alpha": 0.0}
 ONE_PASS = {**XSAM, "rho": 0.2, "perturbation": "eigenvector"}
+RANDOM = {"rho": 0.2, "alpha": 0.0, "perturbation": "random"}
 
 
 def command(processes, cases, folder):
@@ -53,6 +54,7 @@ def ddp_cases(world):
         "buckets": case({**XSAM, "hvp": "exact"}, world, bucket_bytes=5000),
         "finite_difference": case({**XSAM, "hvp": "finite_difference"}, world),
         "one pass": case({**ONE_PASS, "hvp": "exact"}, world),
+        "random direction": case(RANDOM, world),
         "one pass, both sides": case({**ONE_PASS, "hvp": "finite_difference"}, world),
         "measured": case({**XSAM, "hvp": "exact"}, world, measure_every=2),
         "scopes": case({**XSAM, "hvp": "exact", "perturb_scope": "norm", "eigen_scope": r"layer\.1\."}, world),
@@ -115,6 +117,10 @@ class TestDistributedDataParallel:
         assert "xsam/rayleigh_quotient" in logged
         for metric, value in logged.items():
             assert several[name]["logs"][-1][metric] == pytest.approx(value, rel=1e-5, abs=1e-6)
+
+    def test_a_random_direction_is_the_same_on_every_process(self, one, several):
+        assert_close(several["random direction"]["weights"], one["random direction"]["weights"], 1e-9)
+        assert several["random direction"]["ranks_agree"]
 
     def test_a_head_that_only_some_processes_use(self, one):
         unused = one["unused"]["eigenvector"]
@@ -184,6 +190,7 @@ def sharded(tmp_path_factory):
         both_sides = {**ONE_PASS, "hvp": "auto" if strategy == "fsdp2" else "finite_difference"}
         both_sides["eigen_batch_fraction"] = 0.5  # which finite differences do without
         cases[f"one pass float64 {strategy}"] = case(both_sides, 2, strategy=strategy)
+        cases[f"random direction float64 {strategy}"] = case(RANDOM, 2, strategy=strategy)
     cases["stock"] = case(None, 2, strategy="fsdp2")
     cases["SAM"] = case(SAM, 2, strategy="fsdp2")
     cases["auto"] = case(XSAM, 2, strategy="fsdp2")
@@ -211,6 +218,10 @@ class TestFullyShardedDataParallel:
         # 4 steps of 2 micro-batches; 2 refreshes, of which the first, before a v is known, is by the two-pass way.
         each = (sharded["SAM"]["gathers"] - sharded["stock"]["gathers"]) / 8
         assert ours["gathers"] - sharded["stock"]["gathers"] == 4 * each
+
+    def test_a_random_direction(self, sharded):
+        ours, expected = (sharded[f"random direction float64 {strategy}"] for strategy in ("fsdp2", "ddp"))
+        assert_close(ours["weights"], expected["weights"], 1e-9)
 
     def test_double_backward_is_not_tried(self, sharded):
         assert_close(sharded["auto"]["weights"], sharded["bert float64 fsdp2"]["weights"], 0)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -13,8 +12,8 @@ from ..config import XSAMConfig
 from ..functional.correction import correction_factors
 from ..functional.hessian_vector_products import central_difference
 from ..functional.perturbation import ascent_perturbation, perturbed
-from ..functional.power_iteration import first_vector, power_iteration, random_unit_vector
-from ..functional.tensors import dot, is_sharded, multiply, norm, scale, set_to_combination
+from ..functional.power_iteration import first_vector, power_iteration
+from ..functional.tensors import dot, is_sharded, multiply, norm, set_to_combination
 from ..state import XSAMState
 from .curvature import Curvature
 from .deepspeed import engine_of
@@ -24,6 +23,7 @@ from .echo import check_echo, marks_of
 from .gradients import gradient_norm, gradients, with_gradient
 from .logs import RunningMeans, alignment
 from .modes import reshard
+from .one_pass import OnePass
 from .precision import loss_scale
 from .processes import all_finite, holds_everywhere
 from .refusals import refuse_gradients_left, refuse_optimizer_in_hooks
@@ -31,7 +31,6 @@ from .replay import StepAgain, Window
 from .scope import parameters_in_scope, trainable_parameters
 from .side_effects import Surroundings
 
-SEEDS_APART = 10**9  # of the random directions of two trainings
 Parameters = Mapping[str, Tensor]  # or this process's parts of them
 
 
@@ -65,6 +64,7 @@ class SharpnessAwareSteps:
         self.window: Window | None = None
         self.metrics = RunningMeans()
         self.method: Method | None = None
+        self._one_pass = OnePass(config, state, args.seed)
         self._engine = engine_of(accelerator)  # DeepSpeed's, which holds the gradients
         self._rows_are_examples = rows_are_examples
         self._rows_add_up: bool | None = None  # whether the losses of a batch's rows do; found out at the first product
@@ -86,7 +86,7 @@ class SharpnessAwareSteps:
         check_is_due = {"first": not self._checked, "every": True, "never": False}[self.config.replay_check]
         refresh_is_due = self.config.refreshes_at(step, self.state.refreshed_at)
         surroundings, marks = None, None
-        if check_is_due or refresh_is_due or not self._takes_one_pass:
+        if check_is_due or refresh_is_due or not self._one_pass.enabled:
             surroundings = self._surroundings or Surroundings(self.model, self.args.device, trainer)
             marks = marks_of(surroundings) if check_is_due else None
             self._surroundings = surroundings
@@ -116,13 +116,13 @@ class SharpnessAwareSteps:
 
         Without a v yet, the weights stay at w.
         """
-        if not self._moves_in_one_pass(step):
+        if not self._one_pass.moves_at(step):
             yield
             return
         reshard(self.model)
-        scope = self._parameters_in("perturb_scope" if self.config.perturbation == "random" else "eigen_scope")
+        scope = self._parameters_in(self._one_pass.scope)
         # No name holds eps, whose memory is free again once the weights have moved.
-        with self._perturbed(list(scope.values()), self._eps_of_one_pass(scope, step, side)) as self._realised:
+        with self._perturbed(list(scope.values()), self._one_pass.perturbation(scope, step, side)) as self._realised:
             yield
 
     def abandon(self, model: nn.Module) -> None:
@@ -137,26 +137,8 @@ class SharpnessAwareSteps:
         self.window = self._surroundings = None
 
     @property
-    def _takes_one_pass(self) -> bool:
-        return self.config.perturbation != "gradient"
-
-    @property
     def _synchronizes(self) -> bool:
         return self.config.ascent != "local"
-
-    def _moves_in_one_pass(self, step: int) -> bool:
-        known = self.config.perturbation == "random" or self.state.eigenvalue is not None
-        return self._takes_one_pass and known and self.config.rho_at(step) > 0
-
-    def _eps_of_one_pass(self, scope: Parameters, step: int, side: int) -> list[Tensor]:
-        """Return side * s * rho * v, or of a random unit vector, which seed and step decide alone, on all processes."""
-        if self.config.perturbation == "random":
-            direction = random_unit_vector(list(scope.values()), self.args.seed * SEEDS_APART + step)
-        else:
-            direction = self.state.eigenvector_over(scope)
-        signed_rho = side * self.config.signed_rho_at(step)
-        factor = torch.tensor(signed_rho, dtype=direction[0].real.dtype, device=direction[0].device)
-        return scale(factor, direction)
 
     def _nothing_learnt(self, window: Window, trainable: Parameters) -> bool:
         """Return whether the window left no gradient: a training step may skip a batch, or its loss need no weight."""
@@ -188,7 +170,7 @@ class SharpnessAwareSteps:
             return False
         start = state.warm_start(scope) or self._first_vector(gradient)
         curvature, momentum = self._curvature(window, parameters, gradient), config.eigen_momentum
-        elsewhere = self._moves_in_one_pass(step)  # so that `.grad` is not of w
+        elsewhere = self._one_pass.moves_at(step)  # so that `.grad` is not of w
         if elsewhere and self.method == "finite_difference":
             product = self._product_from_both_sides(window, trainable, parameters, step)
             estimate = power_iteration(lambda _: product, start, 1, state.spectrum, momentum)
@@ -259,7 +241,7 @@ class SharpnessAwareSteps:
         """
         config, scaled = self.config, loss_scale(self.accelerator)
         rho = config.rho_at(step)
-        if self._takes_one_pass:
+        if self._one_pass.enabled:
             metrics, realised = {}, self._realised
             if self.state.spectrum is not None:
                 eigenvalue = self.state.spectrum.eigenvalue

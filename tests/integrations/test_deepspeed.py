@@ -22,6 +22,7 @@ MODES = {
     "stock": None,
     "SAM": {"rho": 0.1, "alpha": 0.0},
     "one pass": {"perturbation": "eigenvector", "alpha": 0.0, "rho": 0.3, **EIGEN},
+    "random direction": {"perturbation": "random", "alpha": 0.0, "rho": 0.3},
     "X-SAM": {"rho": 0.1, "alpha": 0.5, "normalize_gradient": False, **EIGEN},
 }
 XSAM = MODES["X-SAM"]
@@ -146,7 +147,7 @@ class TestFloat32:
     def test_deepspeeds_own_schedule(self, single, stage):
         assert distance(single[0][f"scheduled plain {stage}"], single[0][f"scheduled stock {stage}"]) == 0
 
-    @pytest.mark.parametrize("mode", ["SAM", "one pass", "X-SAM"])
+    @pytest.mark.parametrize("mode", ["SAM", "one pass", "random direction", "X-SAM"])
     def test_is_not_the_stock_trainers_step(self, single, mode):
         assert distance(single[0][f"{mode} 0"], single[0]["stock 0"]) > 1e-4
 
