@@ -106,7 +106,7 @@ def xsam(config: XSAMConfig) -> Callable[..., XSAMTrainer]:
     return lambda **settings: SteadyXSAMTrainer(**settings, xsam_config=config)
 
 
-ONE_PASS_RHO = 5.0  # times SAM's
+ONE_PASS_RHO, RANDOM_RHO = 5.0, 40.0  # times SAM's
 LATE = 0.7  # the share of a training that is the stock Trainer's, where X-SAM begins late
 
 
@@ -134,7 +134,7 @@ def trainers(rho: float, **settings: Any) -> dict[str, Callable[..., TrainerCont
     def trainer(make: Callable[..., Trainer]) -> Callable[..., TrainerContender]:
         return lambda *arguments: TrainerContender(make, *arguments)
 
-    by_difference = {**settings, "hvp": "finite_difference"}
+    by_difference, at_random = {**settings, "hvp": "finite_difference"}, {**settings, "perturbation": "random"}
     return {
         "stock Trainer": trainer(Trainer),
         "SAM": trainer(xsam(XSAMConfig(rho=rho, alpha=0.0))),
@@ -143,4 +143,5 @@ def trainers(rho: float, **settings: Any) -> dict[str, Callable[..., TrainerCont
         "X-SAM, the last 30%": trainer(xsam(steady(XSAMConfig, rho, start_step=LATE, **settings))),
         "one pass": trainer(xsam(steady(XSAMConfig.one_pass, ONE_PASS_RHO * rho, **settings))),
         "one pass, differences": trainer(xsam(steady(XSAMConfig.one_pass, ONE_PASS_RHO * rho, **by_difference))),
+        "one pass, random": trainer(xsam(steady(XSAMConfig.one_pass, RANDOM_RHO * rho, **at_random))),
     }
