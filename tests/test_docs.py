@@ -160,7 +160,8 @@ def test_shell(words, tmp_path, monkeypatch):
         case ["accelerate", "launch", *arguments]:
             launch = launch_command_parser().parse_args(arguments)
             assert launch.config_file is None or (ROOT / launch.config_file).is_file()
-            parse_only(launch.training_script, launch.training_script_args, monkeypatch)
+            anywhere = ["--use_cpu", "true"] if "--bf16" in arguments else []  # which else asks for a GPU
+            parse_only(launch.training_script, [*launch.training_script_args, *anywhere], monkeypatch)
         case ["hf-xsam", "sharpness", model, *arguments]:
             monkeypatch.chdir(tmp_path)
             SAVE_TINY[arguments[arguments.index("--dataset") + 1]](tmp_path / model)
