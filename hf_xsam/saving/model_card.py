@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 TAG = "x-sam"
 PLOT_NAME = "xsam_sharpness.png"
 
+ONE_PASS = {
+    "eigenvector": "one pass a step, at weights perturbed along the Hessian's top eigenvector",
+    "random": "one pass a step, at weights perturbed along a random direction",
+}
 FIGURES = {
     "xsam/rayleigh_quotient": "Rayleigh quotient of the eigenvector",
     "xsam/angle_degrees": "angle between gradient and top eigenvector, degrees",
@@ -138,7 +142,8 @@ def xsam_section(
 ) -> str:
     """Return X-SAM's part of the card, as Markdown."""
     repeat = f"from hf_xsam import XSAMConfig\n\nxsam_config = XSAMConfig.from_pretrained({json.dumps(repo)})"
-    method = "X-SAM" if config.alpha > 0 else "SAM (X-SAM with alpha 0, that is without its correction)"
+    of_two_passes = "X-SAM" if config.alpha > 0 else "SAM (X-SAM with alpha 0, that is without its correction)"
+    method = ONE_PASS.get(config.perturbation, of_two_passes)
     parts = [
         "## Sharpness-aware training",
         f"This model was trained with {method}, using hf_xsam {version('hf_xsam')}. X-SAM "

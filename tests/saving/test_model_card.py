@@ -66,7 +66,13 @@ def test_before_training_and_without_a_correction():
     assert "trained with SAM (X-SAM with alpha 0" in section
     for absent in ("### Metrics", "### Sharpness during", "!["):
         assert absent not in section
-    assert "trained with X-SAM, using" in xsam_section(XSAMConfig(), {}, [], None, "code", "user/model")
+    for config, method in (
+        (XSAMConfig(), "X-SAM"),
+        (XSAMConfig.one_pass(), "one pass a step, at weights perturbed along the Hessian's top eigenvector"),
+        (XSAMConfig.one_pass(perturbation="random"), "one pass a step, at weights perturbed along a random direction"),
+    ):
+        section = xsam_section(config, {}, [], None, "code", "user/model")
+        assert f"trained with {method}, using" in section
 
 
 def test_the_plot_shows_the_logs(tmp_path, monkeypatch):
