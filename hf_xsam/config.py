@@ -199,7 +199,9 @@ class XSAMConfig:
         """Raise for settings of SAM's perturbation, or of the correction, that have no meaning in one pass."""
         random = self.perturbation == "random"
         special = (
-            ("alpha", 0, "there is no eigenvector") if random else ("perturb_scope", "trainable", "v says what moves")
+            ("alpha", 0, "there is no eigenvector")
+            if random
+            else ("perturb_scope", "trainable", "eigen_scope says what moves")
         )
         for name, only, why in (
             ("adaptive", False, "the direction is not the gradient's"),
