@@ -197,19 +197,14 @@ class XSAMConfig:
 
     def _refuse_in_one_pass(self) -> None:
         """Raise for settings of SAM's perturbation, or of the correction, that have no meaning in one pass."""
-        random = self.perturbation == "random"
-        special = (
-            ("alpha", 0, "there is no eigenvector")
-            if random
-            else ("perturb_scope", "trainable", "eigen_scope says what moves")
-        )
-        for name, only, why in (
-            ("adaptive", False, "the direction is not the gradient's"),
-            ("ascent", "global", "the direction is not the gradient's"),
-            special,
-        ):
+        allowed = {"adaptive": (False, "it scales the gradient"), "ascent": ("global", "it is about the gradient")}
+        if self.perturbation == "random":
+            allowed["alpha"] = 0, "there is no eigenvector"
+        else:
+            allowed["perturb_scope"] = "trainable", "eigen_scope says what moves"
+        for name, (only, why) in allowed.items():
             if getattr(self, name) != only:
-                raise self._error(name, f"{only!r} with perturbation={self.perturbation!r}, for {why}")
+                raise self._error(name, f"{only!r} with perturbation={self.perturbation!r}: {why}")
 
     def _error(self, name: str, allowed: str) -> ValueError:
         return ValueError(f"XSAMConfig.{name} is {getattr(self, name)!r}; it must be {allowed}.")
