@@ -159,6 +159,8 @@ class Curvature:
                 self.choose_method(gradient)
             if self.method == "exact":
                 cause = error.__cause__ or error
+                if not isinstance(cause, RuntimeError):  # of the model's own code, not of its derivatives
+                    raise cause from None
                 raise RuntimeError(f"hvp is {self._hvp!r}, but {error}. Use hvp='finite_difference'.") from cause
             logger.warning("X-SAM goes on with finite differences: %s.", error)
             return self.top_eigenpair(start, iterations, spectrum, momentum, gradient)

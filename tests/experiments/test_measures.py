@@ -118,7 +118,7 @@ class TestWatchedRun:
         metrics = record["metrics"]
         assert metrics["test"]["ece"] == pytest.approx(metrics["epochs"]["test"]["ece"][-1], abs=1e-5)
         assert set(metrics["damage"]) == {"int4", "int3", "noise_0.1", "noise_0.2"}
-        assert record["settings"]["xsam"]["direction"] == "random"
+        assert record["settings"]["xsam"]["perturbation"] == "random"
 
     def test_watching_is_not_counted(self, record):
         assert record["cost"]["forward_passes"] == record["cost"]["steps"] == 2 * math.ceil(1077 / 64)
