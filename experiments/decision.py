@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from forgetting import beyond_stock, by_seed
-from gains import CLEAN, WRONG, Values, price, stopped_early
+from gains import CLEAN, SEEDS, WRONG, Values, price, stopped_early
 from intervals import Difference, holm, mean_and_deviation, paired_difference
 from modes import LABELS
 from tables import MINUS, Runs, metric_of, table, values
 from tasks import TASKS
 
 Reading = Callable[[str, Mapping[int, Any]], Values]
-SEEDS = 5
 CANDIDATES = ("sam", "one_pass", "one_pass_differences", "one_pass_random", "paper")
 NOT_MEASURED = "not measured yet"
 # The tasks whose X-SAM had a v far from the top eigenvector; on digits the first estimate was as good as later ones.
