@@ -224,9 +224,11 @@ def short_gains(found: Mapping[str, Runs]) -> str:
     rows |= {label: [] for label in stopped.values()}
     for task, runs in complete.items():
         for mode, label in LABELS.items():
-            numbers = values(runs.get(mode, {}), *metric_of(task))
-            average, _ = mean_and_deviation(numbers.values())
-            rows[label].append("-" if len(numbers) < SEEDS else f"{average:.3f}, {price(runs, mode):.1f}x")
+            cell = "-"
+            if len(runs.get(mode, {})) >= SEEDS:
+                average, _ = mean_and_deviation(values(runs[mode], *metric_of(task)).values())
+                cell = f"{average:.3f}, {price(runs, mode):.1f}x"
+            rows[label].append(cell)
         for split, label in stopped.items():
             average, _ = mean_and_deviation(stopped_early(runs["stock"], split).values())
             rows[label].append(f"{average:.3f}, 1.0x")

@@ -22,7 +22,7 @@ MODES = {
     "stock": None,
     "SAM": {"rho": 0.1, "alpha": 0.0},
     "one pass": {"perturbation": "eigenvector", "alpha": 0.0, "rho": 0.3, **EIGEN},
-    "random direction": {"perturbation": "random", "alpha": 0.0, "rho": 0.3},
+    "random direction": {"perturbation": "random", "alpha": 0.0, "rho": 3.0},
     "X-SAM": {"rho": 0.1, "alpha": 0.5, "normalize_gradient": False, **EIGEN},
 }
 XSAM = MODES["X-SAM"]
