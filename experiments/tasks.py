@@ -16,7 +16,7 @@ MODES_OF_FIRST_TASKS = (
     *("stock_long", "sam_long"),
 )
 
-# How v was estimated by default when the first six tasks were run, when the CNN with wrong labels was, and then.
+# How v was estimated by default when the first six tasks were run, when the CNN with wrong labels was, and the others.
 FIRST_ESTIMATE = {"eigen_interval": 10, "eigen_batch_fraction": 0.5, "eigen_momentum": 0.3}
 SECOND_ESTIMATE = {"eigen_interval": 5, "eigen_batch_fraction": 0.25, "eigen_momentum": 0.7}
 THIRD_ESTIMATE = {"eigen_interval": 4, "eigen_batch_fraction": 0.25, "eigen_momentum": 0.8}

@@ -175,7 +175,7 @@ class XSAMConfig:
                 raise self._error(name, "at least 0")
         if self.start_step >= 1 and self.start_step != int(self.start_step):
             raise self._error("start_step", "a whole number of steps, or a share of them below 1")
-        if self.perturbation != "gradient":
+        if self.takes_one_pass:
             self._refuse_in_one_pass()
         if not 0 <= self.alpha <= 2:
             raise self._error("alpha", "from 0 to 2")
@@ -326,6 +326,11 @@ class XSAMConfig:
         if warmed >= self.eigen_warmup_steps:
             return self.eigen_interval
         return 1 + (self.eigen_interval - 1) * warmed // self.eigen_warmup_steps
+
+    @property
+    def takes_one_pass(self) -> bool:
+        """Return whether a step takes one forward and backward pass, at weights that are perturbed before it."""
+        return self.perturbation != "gradient"
 
     @property
     def needs_eigenvector(self) -> bool:

@@ -109,7 +109,7 @@ class Advice:
             )
 
     def _large_rho(self, logs: Mapping[str, float], steps: int) -> None:
-        if self.steps_far_above >= PATIENCE or self.config.perturbation != "gradient":
+        if self.steps_far_above >= PATIENCE or self.config.takes_one_pass:
             return  # said already; and in one pass the loss is the perturbed one
         far_above = logs["xsam/sharpness"] > LARGE_SHARPNESS * abs(logs["loss"])
         self.steps_far_above = self.steps_far_above + steps if far_above else 0

@@ -22,13 +22,11 @@ class OnePass:
         seed: of the training, for random directions.
 
     Attributes:
-        enabled: whether steps take one pass.
         scope: the setting that says what moves.
     """
 
     def __init__(self, config: XSAMConfig, state: XSAMState, seed: int) -> None:
         self.config, self.state, self.seed = config, state, seed
-        self.enabled = config.perturbation != "gradient"
         self._is_random = config.perturbation == "random"
         self.scope = "perturb_scope" if self._is_random else "eigen_scope"
         self._draw, self._drawn = -1, list[Tensor]()  # the random direction's number, and the direction
@@ -36,7 +34,7 @@ class OnePass:
     def moves_at(self, step: int) -> bool:
         """Return whether the pass of `step` is taken at other weights: not at rho 0, nor without a v yet."""
         known = self._is_random or self.state.eigenvalue is not None
-        return self.enabled and known and self.config.rho_at(step) > 0
+        return self.config.takes_one_pass and known and self.config.rho_at(step) > 0
 
     def perturbation(self, parameters: Mapping[str, Tensor], step: int, side: int = 1) -> list[Tensor]:
         """Return side * s * rho * v, or rho * u in place of rho * v, of the parameters in the scope."""

@@ -86,7 +86,7 @@ class SharpnessAwareSteps:
         check_is_due = {"first": not self._checked, "every": True, "never": False}[self.config.replay_check]
         refresh_is_due = self.config.refreshes_at(step, self.state.refreshed_at)
         surroundings, marks = None, None
-        if check_is_due or refresh_is_due or not self._one_pass.enabled:
+        if check_is_due or refresh_is_due or not self.config.takes_one_pass:
             surroundings = self._surroundings or Surroundings(self.model, self.args.device, trainer)
             marks = marks_of(surroundings) if check_is_due else None
             self._surroundings = surroundings
@@ -241,7 +241,7 @@ class SharpnessAwareSteps:
         """
         config, scaled = self.config, loss_scale(self.accelerator)
         rho = config.rho_at(step)
-        if self._one_pass.enabled:
+        if config.takes_one_pass:
             metrics, realised = {}, self._realised
             if self.state.spectrum is not None:
                 eigenvalue = self.state.spectrum.eigenvalue
