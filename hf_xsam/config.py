@@ -8,17 +8,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from .functional.correction import Correction
+from .settings_file import CONFIG_NAME, find_settings_file, read_settings_file
 
 SCOPES = ("trainable", "lora", "norm")
 Hvp = Literal["auto", "exact", "finite_difference"]
-CONFIG_NAME = "xsam_config.json"
-NOT_WRITTEN = (
-    "XSAMTrainer writes it beside each model that it saves. For a model without it, set XSAMConfig's fields yourself."
-)
 
 
 @dataclass
@@ -282,21 +276,8 @@ class XSAMConfig:
             OSError: where there is no `xsam_config.json` to be had.
             ValueError: for a file that is not such settings. Either names the file and what to do.
         """
-        if os.path.isdir(repo_or_path):
-            path = Path(repo_or_path, subfolder or "", CONFIG_NAME)
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} does not exist. {NOT_WRITTEN}")
-        else:
-            path = _download(str(repo_or_path), subfolder, hub_options)
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ValueError(f"it holds a {type(settings).__name__}, not an object")
-        except ValueError as error:  # JSON's and Unicode's errors are ValueErrors
-            raise ValueError(
-                f"{path} is damaged ({error}). Write it again with XSAMConfig.save_pretrained, or, if it came from "
-                "the hub, download it again with force_download=True."
-            ) from error
+        path = find_settings_file(repo_or_path, subfolder, hub_options)
+        settings = read_settings_file(path)
         try:
             return cls.from_dict(settings)
         except ValueError as error:
@@ -372,23 +353,3 @@ def refuse_scope(name: str, scope: str) -> None:
     except (re.error, TypeError) as error:
         allowed = f"{', '.join(map(repr, SCOPES))} or a regular expression ({error})"
         raise ValueError(f"{name} is {scope!r}; it must be {allowed}.") from error
-
-
-def _download(repo: str, subfolder: str | None, hub_options: dict[str, Any]) -> Path:
-    """Return where the cache has the file, downloaded if need be."""
-    try:
-        return Path(hf_hub_download(repo, CONFIG_NAME, subfolder=subfolder, **hub_options))
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{CONFIG_NAME} of {repo!r} is not in the local cache, and the hub cannot be reached: check the name "
-            "(there is no such folder either), the connection, HF_HUB_OFFLINE and local_files_only."
-        ) from error
-    except EntryNotFoundError as error:
-        where = f"{repo!r} on the hub" if subfolder is None else f"{subfolder!r} in {repo!r} on the hub"
-        raise FileNotFoundError(f"There is no {CONFIG_NAME} in {where}. {NOT_WRITTEN}") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise OSError(
-            f"{repo!r} is not a local folder, and its {CONFIG_NAME} cannot be downloaded from the hub: {reason} "
-            "Check the name and the revision; a private or gated model needs `token` or `hf auth login`."
-        ) from error

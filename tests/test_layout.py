@@ -12,8 +12,8 @@ import hf_xsam
 PACKAGE = Path(hf_xsam.__file__).parent
 # Folders, and modules at the root: each may import those before it, and what it holds itself.
 ORDER = (
-    *("functional", "data", "config", "state", "step", "saving", "sharpness", "trainer", "integrations", "plotting"),
-    *("cli", "__init__"),
+    *("functional", "data", "settings_file", "config", "state", "step", "saving", "sharpness", "trainer"),
+    *("integrations", "plotting", "cli", "__init__"),
 )
 
 

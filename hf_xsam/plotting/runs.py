@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIG_NAME, XSAMConfig
+from ..config import XSAMConfig
 from ..saving.checkpoint import TRAINER_STATE_NAME, checkpoints_in
+from ..settings_file import CONFIG_NAME
 from ..sharpness.measuring import FILE_NAME
 
 RESULTS_NAME = "all_results.json"  # what the recipes, and Transformers' example scripts, write their results to

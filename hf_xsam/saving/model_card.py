@@ -15,7 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
-from ..config import CONFIG_NAME, XSAMConfig
+from ..config import XSAMConfig
+from ..settings_file import CONFIG_NAME
 from ..step.logs import NOT_RESULTS
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from transformers import BertForSequenceClassification, BertTokenizerFast, Train
 from transformers.utils import PushInProgress
 
 from hf_xsam import XSAMConfig, XSAMTrainer
-from hf_xsam.config import CONFIG_NAME
 from hf_xsam.saving.hub import PushCallback
+from hf_xsam.settings_file import CONFIG_NAME
 from tests.cases import tiny_bert
 from tests.fake_hub import READ_TOKEN, WRITE_TOKEN, Repository
 from tests.helpers import arguments, examples_of, weights_of
