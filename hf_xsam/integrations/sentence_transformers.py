@@ -1,4 +1,4 @@
-"""X-SAM in sentence-transformers' trainer: `XSAMSentenceTransformerTrainer`."""
+"""X-SAM in sentence-transformers' trainers, of embedders, rerankers and sparse encoders."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.cross_encoder import CrossEncoderTrainer
+from sentence_transformers.sparse_encoder import SparseEncoderTrainer
 from torch import nn
 
 from ..step.replay import MicroBatch, StepAgain, Window
@@ -13,21 +15,10 @@ from ..step.sharpness_aware import SharpnessAwareSteps
 from ..trainer import XSAMTrainerMixin
 
 
-class XSAMSentenceTransformerTrainer(XSAMTrainerMixin, SentenceTransformerTrainer):
-    """[`~sentence_transformers.SentenceTransformerTrainer`] with X-SAM: takes `xsam_config` beside its arguments.
+class _LossesHoldModelMixin(XSAMTrainerMixin):
+    """X-SAM where the loss is a module that holds the model, and may have parameters of its own."""
 
-    Losses that cache gradients (`CachedMultipleNegativesRankingLoss`, ...) run their backward pass in a hook, so their
-    Hessian-vector products are finite differences.
-
-    Parameters of the loss's own, such as `SoftmaxLoss`'s classifier, are perturbed and corrected with the model's. In
-    the scopes their names are those in the loss, where the model's begin with `model.`: to leave the loss's alone, set
-    `perturb_scope` and `eigen_scope` to `"^model\\\\."`.
-
-    Raises:
-        ValueError: for several processes where the loss has such parameters, for sentence-transformers does not
-            average their gradients.
-    """
-
+    loss: Any  # the trainer's: a loss, or losses by data set
     rows_are_examples = False  # losses compare the rows of a batch with each other
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -101,3 +92,33 @@ class _StepsOfLoss(SharpnessAwareSteps):
             return training_step(model, micro_batch)
 
         return super().begin_window(self.model, step_again, trainer, step)
+
+
+class XSAMSentenceTransformerTrainer(_LossesHoldModelMixin, SentenceTransformerTrainer):
+    """[`~sentence_transformers.SentenceTransformerTrainer`] with X-SAM: takes `xsam_config` beside its arguments.
+
+    Losses that cache gradients (`CachedMultipleNegativesRankingLoss`, ...) run their backward pass in a hook, so their
+    Hessian-vector products are finite differences.
+
+    Parameters of the loss's own, such as `SoftmaxLoss`'s classifier, are perturbed and corrected with the model's. In
+    the scopes their names are those in the loss, where the model's begin with `model.`: to leave the loss's alone, set
+    `perturb_scope` and `eigen_scope` to `"^model\\\\."`.
+
+    Raises:
+        ValueError: for several processes where the loss has such parameters, for sentence-transformers does not
+            average their gradients.
+    """
+
+
+class XSAMCrossEncoderTrainer(_LossesHoldModelMixin, CrossEncoderTrainer):
+    """[`~sentence_transformers.cross_encoder.CrossEncoderTrainer`], of rerankers, with X-SAM.
+
+    What [`XSAMSentenceTransformerTrainer`] says of losses applies.
+    """
+
+
+class XSAMSparseEncoderTrainer(_LossesHoldModelMixin, SparseEncoderTrainer):
+    """[`~sentence_transformers.sparse_encoder.SparseEncoderTrainer`] with X-SAM.
+
+    What [`XSAMSentenceTransformerTrainer`] says of losses applies.
+    """

@@ -1,4 +1,5 @@
-"""Run by test_sentence_transformers.py in each of two processes, with the folder of a tiny model."""
+"""Run by test_sentence_transformers.py in each of two processes, with the folders of tiny models: an embedder's, and
+what `test_rerankers.save_models` saves."""
 
 import sys
 import tempfile
@@ -10,7 +11,11 @@ from torch import distributed, nn
 from hf_xsam import XSAMConfig
 from hf_xsam.integrations.sentence_transformers import XSAMSentenceTransformerTrainer
 from tests.helpers import PLAIN, end_together, weights_of
+from tests.integrations import test_rerankers
 from tests.integrations.test_sentence_transformers import LOSSES, trained
+
+# Without the latter, the stock trainer of rerankers fails in several processes.
+RERANKERS = {"per_device_train_batch_size": 2, "ddp_find_unused_parameters": False}
 
 
 def run(name, kind, config=None):
@@ -21,12 +26,8 @@ def run(name, kind, config=None):
     return trainer, method
 
 
-for name in ("ranking", "cached"):
-    stock, _ = run(name, SentenceTransformerTrainer)
-    same, _ = run(name, XSAMSentenceTransformerTrainer, XSAMConfig(**PLAIN))
+def check(stock, same, ours, method):
     assert torch.equal(weights_of(same.model), weights_of(stock.model))
-
-    ours, method = run(name, XSAMSentenceTransformerTrainer, XSAMConfig(rho=0.05, eigen_interval=1))
     assert ours._xsam_steps.method == method
     weights = [weights_of(ours.model), torch.cat([v.flatten() for v in ours.xsam_state.eigenvector.values()])]
     for mine in weights:
@@ -34,6 +35,25 @@ for name in ("ranking", "cached"):
         distributed.all_gather(everyone, mine)
         assert torch.equal(*everyone)
     assert not torch.equal(weights[0], weights_of(stock.model))
+
+
+plain, corrected = XSAMConfig(**PLAIN), XSAMConfig(rho=0.05, eigen_interval=1)
+for name in ("ranking", "cached"):
+    (stock, method), (same, _), (ours, _) = (
+        run(name, SentenceTransformerTrainer),
+        run(name, XSAMSentenceTransformerTrainer, plain),
+        run(name, XSAMSentenceTransformerTrainer, corrected),
+    )
+    check(stock, same, ours, method)
+
+for name in ("scores", "lists", "splade"):
+    *case, method = test_rerankers.CASES[name]
+    with tempfile.TemporaryDirectory() as output:
+        runs = [
+            test_rerankers.trained(sys.argv[2], output, *case, config, **RERANKERS)
+            for config in (None, plain, corrected)
+        ]
+    check(*runs, method)
 
 try:
     run("softmax", XSAMSentenceTransformerTrainer)

@@ -32,6 +32,7 @@ from hf_xsam import XSAMCallback, XSAMConfig
 from hf_xsam.integrations.sentence_transformers import XSAMSentenceTransformerTrainer
 from hf_xsam.sharpness import MeasureSettings
 from tests.helpers import PLAIN, TINY, logs_of, save_tiny_classifier, weights_of
+from tests.integrations.test_rerankers import save_models
 
 PAIRS = {
     "anchor": ["good film", "a dull plot", "great", "the bad film", "fine plot", "poor film"] * 2,
@@ -232,12 +233,15 @@ class TestParametersOfTheLoss:
             )
 
 
-def test_two_processes(folder):
+def test_two_processes(folder, tmp_path):
+    save_models(tmp_path)
     script = Path(__file__).parent / "sentence_transformers_run.py"
     root = script.parent.parent.parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "recipes")])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    ended = subprocess.run([*command, script, folder], capture_output=True, text=True, timeout=300, env=environment)
+    ended = subprocess.run(
+        [*command, script, folder, tmp_path], capture_output=True, text=True, timeout=300, env=environment
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.count("equal") == 2
 
