@@ -223,20 +223,27 @@ class XSAMConfig:
         return cls(**(authors | settings))
 
     @classmethod
-    def one_pass(cls, rho: float = 0.05, **settings: Any) -> "XSAMConfig":
+    def one_pass(cls, rho: float | None = None, **settings: Any) -> "XSAMConfig":
         """Return settings under which a step takes one forward and backward pass; `settings` override them.
 
         The weights move by rho * v or -rho * v in turn, v the Hessian's top eigenvector, and nothing is corrected. The
         loss of the steps is then L + rho^2 / 2 * lambda in the mean, lambda the top eigenvalue, up to O(rho^4), and
-        their gradient its gradient, for that of lambda needs no derivative of v (Hellmann and Feynman). The best rho
-        was about 5 times SAM's. Refreshes are not denser at the beginning: with such a rho, training collapsed.
+        their gradient its gradient, for that of lambda needs no derivative of v (Hellmann and Feynman). Refreshes are
+        not denser at the beginning: with such a rho, training collapsed.
 
         `one_pass(rho, perturbation="random")` moves them along a random direction in place of v, another one every
         `eigen_interval` steps (random weight perturbation, arXiv 2404.00357). In the mean the loss is
-        L + rho^2 / 2 * tr(H) / n then, of n weights, again up to O(rho^4). It needs no eigenvector, and a rho about 40
-        times SAM's.
+        L + rho^2 / 2 * tr(H) / n then, of n weights, again up to O(rho^4). It needs no eigenvector.
+
+        Args:
+            rho: radius of the perturbation; by default 0.05 along v and 0.4 along a random direction, 5 and 40 times
+                SAM's default, as the best radii were on a CNN from scratch.
+            **settings: other fields of `XSAMConfig`.
         """
-        one_pass: dict[str, Any] = {"perturbation": "eigenvector", "alpha": 0.0, "rho": rho, "eigen_warmup_steps": 0}
+        perturbation = settings.get("perturbation", "eigenvector")
+        if rho is None:
+            rho = 0.4 if perturbation == "random" else 0.05
+        one_pass = {"perturbation": perturbation, "alpha": 0.0, "rho": rho, "eigen_warmup_steps": 0}
         return cls(**(one_pass | settings))
 
     def to_dict(self) -> dict[str, Any]:

@@ -185,6 +185,11 @@ class TestOnePass:
         with pytest.raises(ValueError, match=rf"XSAMConfig\.{field} is {value!r}; it must be"):
             XSAMConfig.one_pass(**{field: value})
 
+    @pytest.mark.parametrize(("settings", "times"), [({}, 5), ({"perturbation": "random"}, 40)])
+    def test_the_default_radius_is_a_multiple_of_sams(self, settings, times):
+        assert XSAMConfig.one_pass(**settings).rho == pytest.approx(times * XSAMConfig().rho)
+        assert XSAMConfig.one_pass(0.3, **settings).rho == 0.3
+
 
 class TestRandomDirection:
     @staticmethod
