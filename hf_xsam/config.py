@@ -64,7 +64,8 @@ class XSAMConfig:
             Optimizer steps between two refreshes, at least 1; with `perturbation="random"`, between two directions. The
             paper uses 3 and 5.
         eigen_start_step (`int`, *optional*, defaults to 0):
-            Optimizer step of the first refresh. Every step before it is plain SAM.
+            Optimizer step of the first refresh. Every step before it is plain SAM; with `perturbation="eigenvector"`
+            it is the stock Trainer's.
         eigen_warmup_steps (`int`, *optional*, defaults to 80):
             Optimizer steps, from the first refresh on, over which the interval grows from 1 to `eigen_interval`: the
             Hessian changes most at the beginning, when the eigenvector is still to be found.
@@ -130,7 +131,10 @@ class XSAMConfig:
     )
     eigen_interval: int = field(default=4, metadata={"help": "Optimizer steps between eigenvector refreshes, >= 1."})
     eigen_start_step: int = field(
-        default=0, metadata={"help": "Optimizer step of the first eigenvector refresh, >= 0; plain SAM before it."}
+        default=0,
+        metadata={
+            "help": "Optimizer step of the first eigenvector refresh, >= 0; before it steps have no eigenvector."
+        },
     )
     eigen_warmup_steps: int = field(
         default=80, metadata={"help": "Optimizer steps over which the interval grows from 1 to eigen_interval, >= 0."}
@@ -194,6 +198,7 @@ class XSAMConfig:
         allowed = {"adaptive": (False, "it scales the gradient"), "ascent": ("global", "it is about the gradient")}
         if self.perturbation == "random":
             allowed["alpha"] = 0, "there is no eigenvector"
+            allowed["eigen_scope"] = "trainable", "perturb_scope says what moves"
         else:
             allowed["perturb_scope"] = "trainable", "eigen_scope says what moves"
         for name, (only, why) in allowed.items():

@@ -17,12 +17,9 @@ from .step.curvature import TopEigenpair, top_eigenpair
 from .step.deepspeed import engine_of
 from .step.deepspeed_refusals import refuse_deepspeed
 from .step.logs import SKIPPED_STEPS, Advice, chosen_metrics
-from .step.refusals import (
-    refuse_optimizer,
-    refuse_unsupported,
-)
+from .step.refusals import refuse_optimizer, refuse_unsupported
 from .step.replay import MicroBatch
-from .step.scope import in_scope, parameters_in_scope, trainable_parameters
+from .step.scope import in_scope, named_parameters, parameters_in_scope, trainable_parameters
 from .step.sharpness_aware import SharpnessAwareSteps
 from .step.side_effects import copied, logs_dropped
 
@@ -89,10 +86,10 @@ class XSAMTrainerMixin(_Trainer):
             self._xsam_has_stepped()
             return super().training_step(model, inputs, num_items_in_batch)
         try:
-            window = steps.window or steps.begin_window(model, self._step_again, self, step)
-            kept = window.kept(inputs)
             if callable(switch := getattr(self.optimizer, "train", None)):
                 switch()  # as the stock step does: a schedule-free optimizer's weights may be those to evaluate
+            window = steps.window or steps.begin_window(model, self._step_again, self, step)
+            kept = window.kept(inputs)
             local = self.accelerator.no_sync(model) if self.xsam_config.ascent == "local" else nullcontext()
             with window.optimizer_waits():
                 with steps.perturbed_in_one_pass(step), local:
@@ -107,7 +104,7 @@ class XSAMTrainerMixin(_Trainer):
                 window.step_optimizer()
                 self._xsam_has_stepped()
         except BaseException:
-            steps.abandon(model)
+            steps.abandon()
             raise
         return loss
 
@@ -217,7 +214,7 @@ class XSAMTrainerMixin(_Trainer):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_empty_scopes()
-        self._xsam_steps = None
+        self._xsam_steps, self._xsam_advice = None, Advice(self.xsam_config)
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
@@ -236,9 +233,7 @@ class XSAMTrainerMixin(_Trainer):
         if checkpoint is not None:
             # Frozen ones too, for a callback may yet unfreeze them, as it did before the checkpoint.
             model = self._unwrapped_model()
-            parameters: Mapping[str, Tensor] = in_scope(
-                dict(model.named_parameters()), self.xsam_config.eigen_scope, model
-            )
+            parameters: Mapping[str, Tensor] = in_scope(named_parameters(model), self.xsam_config.eigen_scope, model)
             if (engine := engine_of(self.accelerator)) is not None:
                 parameters = {name: part for name, part in engine.parts.items() if name in parameters}
             state = load_state(checkpoint, self.xsam_config, parameters, self.accelerator)

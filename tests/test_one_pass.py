@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_xsam import XSAMConfig, XSAMTrainer
 from tests.helpers import WeightRecorder, arguments, examples_of, logs_of, run, weights_of
@@ -143,6 +144,17 @@ class TestOnePass:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
 
+    def test_a_random_direction_after_the_eigenvector_logs_none(self, tmp_path):
+        saving = {"save_strategy": "steps", "save_steps": 4}
+        run(Smooth(), points(), tmp_path, XSAMConfig.one_pass(0.1), **saving)
+        args, config = arguments(tmp_path), XSAMConfig.one_pass(1.0, perturbation="random")
+        sgd = (torch.optim.SGD, {"lr": 1e-2})
+        resumed = XSAMTrainer(
+            Smooth(), args, train_dataset=examples_of(points()), xsam_config=config, optimizer_cls_and_kwargs=sgd
+        )
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert not any("xsam/" in name for name in logs_of(resumed)[-1])
+
     def test_adapters_alone_move(self, tmp_path):
         model, recorder = adapted(), WeightRecorder()
         config = XSAMConfig.one_pass(0.3, eigen_scope="lora", eigen_interval=1)
@@ -177,6 +189,39 @@ class TestOnePass:
         trainer = run(Smooth(), batch, tmp_path, XSAMConfig.one_pass(0.1), num_train_epochs=1)
         assert trainer.xsam_state.skipped_steps == 1
         assert torch.isfinite(weights_of(trainer.model)).all()
+
+    @pytest.mark.parametrize("perturbation", ["eigenvector", "random"])
+    def test_weights_that_the_pass_moves_itself_are_refused(self, tmp_path, perturbation):
+        class Normalized(Smooth):
+            def forward(self, x, labels):
+                weight = self.layers[2].weight
+                weight.data = torch.nn.functional.normalize(weight.data, dim=1)
+                return super().forward(x, labels)
+
+        recorder, model = WeightRecorder(), Normalized()
+        config = XSAMConfig.one_pass(0.3, perturbation=perturbation)
+        with pytest.raises(
+            ValueError, match=r"itself changes trainable weights, such as 'layers\.2\.weight'.*'gradient'"
+        ):
+            run(model, points(), tmp_path, config, callbacks=[recorder])
+        assert torch.equal(weights_of(model), recorder.before[-1])
+
+    @pytest.mark.parametrize("perturbation", ["eigenvector", "random"])
+    def test_the_radius_is_that_of_what_is_not_frozen(self, tmp_path, perturbation):
+        moves, recorder, model = [], WeightRecorder(), Smooth()
+
+        class Freezing(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                model.layers[0].requires_grad_(state.global_step < 2)
+
+        model.register_forward_hook(lambda *_: moves.append(weights_of(model) - recorder.before[-1]))
+        config = XSAMConfig.one_pass(
+            0.3, perturbation=perturbation, eigen_interval=4, replay_check="never", hvp="exact"
+        )
+        run(model, points(), tmp_path, config, callbacks=[recorder, Freezing()])
+        lengths = torch.stack(moves).norm(dim=1)
+        assert lengths[lengths > 0].tolist() == pytest.approx([0.3] * int((lengths > 0).sum()), rel=1e-4)
+        assert len(lengths[lengths > 0]) > 4
 
     @pytest.mark.parametrize(
         ("field", "value"), [("adaptive", True), ("ascent", "local"), ("perturb_scope", "norm"), ("start_step", 1.5)]
@@ -250,7 +295,9 @@ class TestRandomDirection:
         assert all(moves)
         assert not torch.equal(weight, start)
 
-    @pytest.mark.parametrize(("field", "value"), [("alpha", 0.2), ("adaptive", True), ("ascent", "local")])
+    @pytest.mark.parametrize(
+        ("field", "value"), [("alpha", 0.2), ("adaptive", True), ("ascent", "local"), ("eigen_scope", "norm")]
+    )
     def test_settings_without_a_meaning_are_refused(self, field, value):
         with pytest.raises(ValueError, match=rf"XSAMConfig\.{field} is {value!r}; it must be .* perturbation='random'"):
             self.config(0.1, **{field: value})

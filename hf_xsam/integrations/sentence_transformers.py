@@ -23,12 +23,19 @@ class _LossesHoldModelMixin(XSAMTrainerMixin):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._freeze_guides()
         if self._parameters_of_losses() and self.args.world_size > 1:
             raise ValueError(
                 "The loss has trainable parameters of its own, whose gradients sentence-transformers does not average "
                 f"over the {self.args.world_size} processes. Train in one process, or freeze them with "
                 "requires_grad_(False)."
             )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a fresh model and its losses."""
+        model = super().call_model_init(trial)
+        self._freeze_guides()
+        return model
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Compute the stock loss; of the model given, which is without wrappers where it is differentiated twice."""
@@ -62,8 +69,17 @@ class _LossesHoldModelMixin(XSAMTrainerMixin):
                 parameter.requires_grad_(True)
 
     def _losses(self) -> list[nn.Module]:
-        losses = self.loss.values() if isinstance(self.loss, dict) else [self.loss]
+        loss = getattr(self, "loss", None)  # there is none yet where the stock constructor makes its first model
+        losses = loss.values() if isinstance(loss, dict) else [loss]
         return [loss for loss in losses if isinstance(loss, nn.Module)]  # others make one of the model of each run
+
+    def _freeze_guides(self) -> None:
+        # GISTEmbedLoss only asks its guide, but leaves its parameters trainable, so that X-SAM would perturb them.
+        model = set(super()._unwrapped_model().parameters())
+        guides = [guide for loss in self._losses() if isinstance(guide := getattr(loss, "guide", None), nn.Module)]
+        for parameter in (parameter for guide in guides for parameter in guide.parameters()):
+            if parameter not in model:
+                parameter.requires_grad_(False)
 
     def _parameters_of_losses(self) -> list[nn.Parameter]:
         """Return the trainable parameters of the losses that are not the model's."""

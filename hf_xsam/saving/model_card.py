@@ -34,6 +34,7 @@ FIGURES = {
     "xsam/angle_degrees": "angle between gradient and top eigenvector, degrees",
     "xsam/sharpness": "sharpness, perturbed loss - loss",
 }
+FIGURES_IN_ONE_PASS = FIGURES | {"xsam/sharpness": "sharpness, rho^2 / 2 * Rayleigh quotient"}
 
 CITATIONS = """\
 ```bibtex
@@ -84,7 +85,7 @@ def complete_model_card(trainer: "Trainer", config: XSAMConfig, base_model: str 
 
     repo = trainer.hub_model_id or trainer.args.hub_model_id or str(trainer.args.output_dir)
     loading = loading_snippet(_model_of(trainer), trainer.processing_class, repo, card.data.base_model)
-    plot = draw_plot(history, path.with_name(PLOT_NAME))
+    plot = draw_plot(history, path.with_name(PLOT_NAME), config.takes_one_pass)
     card.text += xsam_section(config, metrics, history, plot, loading, repo)
     card.save(path)
 
@@ -162,21 +163,22 @@ def xsam_section(
         names = list(dict.fromkeys(name for values in metrics.values() for name in values))
         rows = [(split, *(_number(values.get(name)) for name in names)) for split, values in metrics.items()]
         parts += ["### Metrics", markdown_table(("split", *names), rows)]
-    if rows := sharpness_rows(history):
+    if rows := sharpness_rows(history, FIGURES_IN_ONE_PASS if config.takes_one_pass else FIGURES):
         parts += [
             "### Sharpness during training",
             "On the training batches, averaged between two logs.",
             markdown_table(("", "first", "last", "lowest", "highest"), rows),
         ]
     if plot:
-        parts.append(f"![The Rayleigh quotient, the loss and the perturbed loss by optimizer step]({plot})")
+        losses = "the perturbed loss" if config.takes_one_pass else "the loss and the perturbed loss"
+        parts.append(f"![The Rayleigh quotient, {losses} by optimizer step]({plot})")
     return "\n\n" + "\n\n".join([*parts, "### Citations", CITATIONS])
 
 
-def sharpness_rows(history: Logs) -> list[tuple[str, ...]]:
-    """Return a row for each sharpness metric of the run: its name, and its first, last, lowest and highest value."""
+def sharpness_rows(history: Logs, figures: Mapping[str, str] = FIGURES) -> list[tuple[str, ...]]:
+    """Return a row for each of the `figures` of the run: its name, and its first, last, lowest and highest value."""
     rows = []
-    for name, title in FIGURES.items():
+    for name, title in figures.items():
         if values := [line[name] for line in history if name in line]:
             # Steps that overflowed are not part of the range.
             finite = [x for x in values if math.isfinite(x)] or values
@@ -184,23 +186,24 @@ def sharpness_rows(history: Logs) -> list[tuple[str, ...]]:
     return rows
 
 
-def draw_plot(history: Logs, path: Path) -> str | None:
+def draw_plot(history: Logs, path: Path, one_pass: bool = False) -> str | None:
     """Draw the eigenvector's Rayleigh quotient, the loss and the perturbed loss by step; return the file's name.
 
-    Return None if there are fewer than two logs to draw, or if matplotlib is missing.
+    In one pass the logged loss is the perturbed one, and there is no other. Return None if there are fewer than two
+    logs to draw, or if matplotlib is missing.
     """
-    lines = [
-        {**line, "perturbed loss": line["loss"] + line["xsam/sharpness"]}
-        for line in history
-        if "loss" in line and "xsam/sharpness" in line
-    ]
+    lines = [line for line in history if "loss" in line and "xsam/sharpness" in line]
     if len(lines) < 2 or find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure
 
     quotient = "xsam/rayleigh_quotient"
     panels = [("Rayleigh quotient", {"": quotient})] if any(quotient in line for line in lines) else []
-    panels.append(("loss", {"loss": "loss", "perturbed loss": "perturbed loss"}))
+    if one_pass:
+        panels.append(("perturbed loss", {"": "loss"}))
+    else:
+        lines = [{**line, "perturbed": line["loss"] + line["xsam/sharpness"]} for line in lines]
+        panels.append(("loss", {"loss": "loss", "perturbed loss": "perturbed"}))
     figure = Figure(figsize=(3.5 * len(panels), 2.5), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for label, name in curves.items():

@@ -111,8 +111,8 @@ def _warn(difference: float, moved: Sequence[str]) -> None:
     logger.warning(
         "A training step that is run again at the same weights gives another loss or gradient (relative difference "
         "%.2g). Between the passes has changed: %s. X-SAM compares passes of one step, so its steps are not what they "
-        "should be: keep such state in buffers or plain attributes of modules, and random numbers in generators that "
-        "the model or the trainer holds.",
+        "should be: keep such state in buffers, or in plain attributes of modules if a tensor has at most 4 million "
+        "elements, and random numbers in generators that the model or the trainer holds.",
         difference,
         ", ".join(moved[:5]) or "nothing that the model or the trainer holds",
     )

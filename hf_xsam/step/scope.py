@@ -13,9 +13,14 @@ LORA = r"^(?!.*\b(modules_to_save|trainable_tokens_delta)\.).*lora_"
 NORM_CLASS = re.compile(r"(RMS|Rms|Layer|Batch|Group|Instance)Norm(1d|2d|3d|1P|Gated)?$")
 
 
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters by name, tied ones once, as if no module within were compiled."""
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that take gradients by name, tied ones once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Return the parameters that take gradients by name."""
+    return {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
 
 
 def parameters_in_scope(model: nn.Module, scope: str, field: str) -> dict[str, nn.Parameter]:

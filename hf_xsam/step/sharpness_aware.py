@@ -87,9 +87,8 @@ class SharpnessAwareSteps:
         refresh_is_due = self.config.refreshes_at(step, self.state.refreshed_at)
         surroundings, marks = None, None
         if check_is_due or refresh_is_due or not self.config.takes_one_pass:
-            surroundings = self._surroundings or Surroundings(self.model, self.args.device, trainer)
+            surroundings = self._find_surroundings(trainer)
             marks = marks_of(surroundings) if check_is_due else None
-            self._surroundings = surroundings
         kept = (training_step, self.accelerator, model, surroundings, marks)
         self.window = Window(*kept) if self._engine is None else EngineWindow(*kept, engine=self._engine)
         return self.window
@@ -112,7 +111,7 @@ class SharpnessAwareSteps:
 
     @contextmanager
     def perturbed_in_one_pass(self, step: int, side: int = 1) -> Iterator[None]:
-        """Hold the weights at w + side * eps within the block, if steps take one pass: eps = s * rho * v, or rho * u.
+        """Hold the weights at w + side * eps within the block, if steps take one pass; eps is that of [`OnePass`].
 
         Without a v yet, the weights stay at w.
         """
@@ -121,20 +120,33 @@ class SharpnessAwareSteps:
             return
         reshard(self.model)
         scope = self._parameters_in(self._one_pass.scope)
+        watched = scope if self._engine is None else {}  # DeepSpeed's parts come and go
         # No name holds eps, whose memory is free again once the weights have moved.
-        with self._perturbed(list(scope.values()), self._one_pass.perturbation(scope, step, side)) as self._realised:
+        with (
+            self._perturbed(list(scope.values()), self._one_pass.perturbation(scope, step, side)) as self._realised,
+            self._one_pass.movement_refused(watched),
+        ):
             yield
 
-    def abandon(self, model: nn.Module) -> None:
+    def abandon(self) -> None:
         """Give up the optimizer step under way, after an exception: leave no gradient."""
         self.window = None
-        model.zero_grad()
+        self.model.zero_grad()
         if self._engine is not None:
             self._engine.drop_gradient()
 
     def forget(self) -> None:
         """Let go of the trainer that the steps were of."""
         self.window = self._surroundings = None
+
+    def _find_surroundings(self, trainer: Any) -> Surroundings:
+        """Return what the steps change beside gradients, found anew where parameters were frozen or unfrozen."""
+        known = self._surroundings
+        if known is None or not known.is_of(trainable_parameters(self.model).values()):
+            self._surroundings = Surroundings(self.model, self.args.device, trainer)
+            self._surroundings.warned = known is not None and known.warned
+        assert self._surroundings is not None
+        return self._surroundings
 
     @property
     def _synchronizes(self) -> bool:
@@ -243,7 +255,7 @@ class SharpnessAwareSteps:
         rho = config.rho_at(step)
         if config.takes_one_pass:
             metrics, realised = {}, self._realised
-            if self.state.spectrum is not None:
+            if config.perturbation == "eigenvector" and self.state.spectrum is not None:
                 eigenvalue = self.state.spectrum.eigenvalue
                 metrics = {"rayleigh_quotient": eigenvalue, "sharpness": rho**2 / 2 * eigenvalue}
         else:

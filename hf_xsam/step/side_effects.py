@@ -1,6 +1,6 @@
 """What training steps leave behind beside gradients, found, and undone so that each step counts once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -23,12 +23,15 @@ class Surroundings:
         model: without wrappers.
         device: that steps run on.
         trainer: whose attributes count too, and the modules among them: a loss's, a reference model's.
+
+    Attributes:
+        warned: whether it was said that a step run again is not the same.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, trainer: Any = None) -> None:
         self._left_out = _wrappers(trainer)
         self.owners = owners_of(model, trainer, self._left_out)
-        self.warned = False  # that a step run again is not the same
+        self.warned = False
         self._names: Names = {}
         self._of_classes = held_by_classes(self.owners.values())
         self._devices = devices_of(model, device)
@@ -38,6 +41,7 @@ class Surroundings:
         frozen = (p for module in modules for p in module.parameters(recurse=False) if id(p) not in trainable)
         # Quantized weights are of classes of their own: they are only read, or repacked with state beside them.
         others = [p for p in frozen if type(p) is nn.Parameter and p.is_floating_point()]
+        self._trainable_ids = trainable.keys()
         self._trainable = MovingWeights(trainable.values())
         self._frozen = FrozenWeights(others, sum(parameter.nbytes for parameter in trainable.values()))
         self._start: KeptTensors | None = None
@@ -46,6 +50,10 @@ class Surroundings:
     def moving(self) -> list[Tensor]:
         """The trainable weights that the forward passes move."""
         return self._trainable.moving
+
+    def is_of(self, trainable: Iterable[nn.Parameter]) -> bool:
+        """Return whether these are the parameters that took gradients when it was found: none was frozen since."""
+        return self._trainable_ids == set(map(id, trainable))
 
     def reachable(self) -> Iterator[tuple[str, Any]]:
         """Yield what steps can reach, by name."""

@@ -21,6 +21,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     CoSENTLoss,
+    GISTEmbedLoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
     SoftmaxLoss,
@@ -150,6 +151,22 @@ def test_a_cached_loss_has_the_curvature_of_the_loss_itself(folder, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+def test_the_guide_of_a_loss_stays(folder, tmp_path):
+    guides = []
+
+    def loss(model):
+        guides.append(embedder(folder))
+        return GISTEmbedLoss(model, guides[-1])
+
+    config = XSAMConfig.one_pass(0.5, perturbation="random")
+    moved, before = [], weights_of(embedder(folder))
+    trainer = trained(folder, tmp_path, XSAMSentenceTransformerTrainer, loss, RANKED, config)
+    guides[-1].register_forward_pre_hook(lambda guide, _: moved.append(not torch.equal(weights_of(guide), before)))
+    trainer.train()
+    assert moved
+    assert not any(moved)
+
+
 def test_losses_by_data_set(folder, tmp_path):
     def losses(model):
         return {"ranked": MultipleNegativesRankingLoss(model), "scored": CoSENTLoss(model)}
@@ -164,6 +181,29 @@ def test_losses_by_data_set(folder, tmp_path):
 
 class TestParametersOfTheLoss:
     """Of `SoftmaxLoss`: a classifier."""
+
+    def test_an_exception_leaves_no_gradient(self, folder, tmp_path):
+        trainer = trained(folder, tmp_path, XSAMSentenceTransformerTrainer, softmax, CLASSED, max_steps=1)
+        trainer.training_step(trainer.model, batch_of(trainer))
+        trainer.model.zero_grad()
+        trainer.loss.zero_grad()
+
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        hook = trainer.loss.classifier.register_full_backward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.training_step(trainer.model, batch_of(trainer))
+        assert all(parameter.grad is None for parameter in trainer.loss.parameters())
+        hook.remove()
+        trainer.training_step(trainer.model, batch_of(trainer))
+
+    def test_a_compiled_run_resumes(self, folder, tmp_path):
+        compiled = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 4}
+        run = (XSAMSentenceTransformerTrainer, softmax, CLASSED, XSAMConfig(eigen_interval=2))
+        trained(folder, tmp_path, *run, save_strategy="steps", save_steps=2, **compiled)
+        again = trained(folder, tmp_path / "again", *run, resume=str(tmp_path / "checkpoint-2"), **compiled)
+        assert not any("_orig_mod" in name for name in again.xsam_state.eigenvector)
 
     @pytest.mark.parametrize(("scope", "moved"), [("trainable", True), (r"^model\.", False), ("^classifier", True)])
     def test_a_step_against_one_by_hand(self, folder, tmp_path, scope, moved):

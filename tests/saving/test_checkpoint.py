@@ -15,7 +15,7 @@ from hf_xsam import XSAMConfig, XSAMTrainer
 from hf_xsam.saving.checkpoint import STATE_NAME, last_complete_checkpoint
 from tests.faults import outcome, same
 from tests.helpers import arguments, examples_of, logs_of, run, weights_of
-from tests.models import bert, sentences
+from tests.models import Smooth, bert, points, sentences
 
 VECTOR_FILE = "xsam_eigenvector-00000-of-00001.safetensors"
 CONFIG = {"rho": 0.1, "alpha": 0.5, "eigen_interval": 3, "eigen_warmup_steps": 0}
@@ -86,25 +86,57 @@ class TestResume:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         assert same(outcome(resumed), outcome(whole))
 
-    def test_layers_that_a_callback_freezes_and_unfreezes(self, tmp_path):
+    @pytest.mark.parametrize("frozen_until", [1, 3])
+    @pytest.mark.parametrize(
+        "config", [CONFIG, {**CONFIG, "perturbation": "random", "alpha": 0.0, "rho": 0.5}], ids=["two passes", "random"]
+    )
+    def test_layers_that_a_callback_freezes_and_unfreezes(self, tmp_path, config, frozen_until):
         class Unfreezing(TrainerCallback):
             def on_train_begin(self, args, state, control, model=None, **kwargs):
-                model.bert.requires_grad_(state.global_step >= 3)
+                model.bert.requires_grad_(state.global_step >= frozen_until)
 
             def on_step_begin(self, args, state, control, model=None, **kwargs):
-                if state.global_step == 3:
+                if state.global_step == frozen_until:
                     model.bert.requires_grad_(True)
 
         def trainer():
-            made = trainer_for(tmp_path, **SAVING)
+            made = trainer_for(tmp_path, config=config, **SAVING)
             made.add_callback(Unfreezing())
             return made
 
         (whole := trainer()).train()
-        assert len(load_file(tmp_path / "checkpoint-2" / VECTOR_FILE)) == 2  # the classifier's
-        assert len(whole.xsam_state.eigenvector) > 2
+        if whole.xsam_state.eigenvector is not None:
+            assert len(load_file(tmp_path / "checkpoint-2" / VECTOR_FILE)) == 2  # the classifier's
+            assert len(whole.xsam_state.eigenvector) > 2
         (resumed := trainer()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         assert same(outcome(resumed), outcome(whole))
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            XSAMConfig(rho=0.05, alpha=0.0),
+            XSAMConfig(rho=0.05),
+            XSAMConfig.one_pass(0.05, hvp="finite_difference", eigen_interval=1),
+            XSAMConfig.one_pass(0.05, perturbation="random"),
+        ],
+        ids=["sam", "x-sam", "differences", "random"],
+    )
+    def test_a_schedule_free_optimizer(self, tmp_path, caplog, config):
+        optimizers = pytest.importorskip("pytorch_optimizer")
+        watching = {"num_train_epochs": 2, "save_strategy": "steps", "eval_strategy": "steps"}
+
+        def trainer():
+            model, data = Smooth(), examples_of(points(32))
+            optimizer = optimizers.ScheduleFreeAdamW(model.parameters(), lr=0.1)
+            args = arguments(tmp_path, **watching, save_steps=4, eval_steps=4)
+            return XSAMTrainer(
+                model, args, train_dataset=data, eval_dataset=data, xsam_config=config, optimizers=(optimizer, None)
+            )
+
+        (whole := trainer()).train()
+        (resumed := trainer()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        assert torch.equal(weights_of(resumed.model), weights_of(whole.model))
+        assert "run again at the same weights" not in caplog.text
 
     def test_a_stock_checkpoint(self, tmp_path, caplog):
         trainer_for(tmp_path, trainer_class=Trainer, **SAVING).train()
@@ -307,18 +339,27 @@ class TestFeatures:
 
     def test_hyperparameter_search(self, tmp_path):
         pytest.importorskip("optuna")
+
+        def model_init(trial):
+            if trial is not None:
+                trainer.xsam_config = XSAMConfig(**{**CONFIG, "rho": trial.suggest_float("rho", 0.01, 0.5)})
+            return bert()
+
         trainer = XSAMTrainer(
-            model_init=lambda: bert(),
+            model_init=model_init,
             args=arguments(tmp_path, eval_strategy="epoch", num_train_epochs=1),
             train_dataset=examples_of(sentences()),
             eval_dataset=examples_of(sentences(8, seed=3)),
             xsam_config=XSAMConfig(**CONFIG),
         )
-        starts = []
+        starts, rhos = [], []
 
         class Starts(TrainerCallback):
             def on_train_begin(self, args, state, control, **kwargs):
                 starts.append((trainer.xsam_state.step, trainer.xsam_state.eigenvector, args.learning_rate))
+
+            def on_train_end(self, args, state, control, **kwargs):
+                rhos.append(trainer._xsam_steps.config.rho)
 
         trainer.add_callback(Starts())
         best = trainer.hyperparameter_search(
@@ -328,6 +369,8 @@ class TestFeatures:
         )
         assert best.hyperparameters["learning_rate"] in [rate for _, _, rate in starts]
         assert [(step, vector) for step, vector, _ in starts] == [(0, None)] * 3
+        assert best.hyperparameters["rho"] in rhos
+        assert len(set(rhos)) == 3
 
 
 def test_interrupted_by_hand(tmp_path):

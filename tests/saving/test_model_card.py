@@ -56,6 +56,19 @@ def test_sharpness_over_the_run():
     ]
 
 
+def test_in_one_pass_the_loss_is_the_perturbed_one(tmp_path, monkeypatch):
+    section = xsam_section(XSAMConfig.one_pass(), {}, HISTORY, "plot.png", "code", "user/model")
+    assert "| sharpness, rho^2 / 2 * Rayleigh quotient | 0.1 | 0.2 |" in section
+    assert "![The Rayleigh quotient, the perturbed loss by optimizer step](plot.png)" in section
+    figure_module = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    draw_plot(HISTORY, tmp_path / "plot.png", one_pass=True)
+    _, loss = drawn[0].axes
+    assert loss.get_title() == "perturbed loss"
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[line["loss"] for line in HISTORY if "loss" in line]]
+
+
 def test_a_step_that_overflowed_is_out_of_the_range():
     history = [{"xsam/sharpness": value} for value in (math.nan, 0.2, math.inf, 0.1)]
     assert sharpness_rows(history) == [("sharpness, perturbed loss - loss", "nan", "0.1", "0.1", "0.2")]
