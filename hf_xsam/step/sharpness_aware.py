@@ -81,13 +81,14 @@ class SharpnessAwareSteps:
             trainer: whose attributes the steps may change.
             step: counted from the first step that is X-SAM's.
         """
+        trainable = trainable_parameters(self.model)
         if self._engine is None:
-            refuse_gradients_left(trainable_parameters(self.model))
+            refuse_gradients_left(trainable)
         check_is_due = {"first": not self._checked, "every": True, "never": False}[self.config.replay_check]
         refresh_is_due = self.config.refreshes_at(step, self.state.refreshed_at)
         surroundings, marks = None, None
         if check_is_due or refresh_is_due or not self.config.takes_one_pass:
-            surroundings = self._find_surroundings(trainer)
+            surroundings = self._find_surroundings(trainer, list(trainable.values()))
             marks = marks_of(surroundings) if check_is_due else None
         kept = (training_step, self.accelerator, model, surroundings, marks)
         self.window = Window(*kept) if self._engine is None else EngineWindow(*kept, engine=self._engine)
@@ -139,13 +140,13 @@ class SharpnessAwareSteps:
         """Let go of the trainer that the steps were of."""
         self.window = self._surroundings = None
 
-    def _find_surroundings(self, trainer: Any) -> Surroundings:
+    def _find_surroundings(self, trainer: Any, trainable: Sequence[nn.Parameter]) -> Surroundings:
         """Return what the steps change beside gradients, found anew where parameters were frozen or unfrozen."""
         known = self._surroundings
-        if known is None or not known.is_of(trainable_parameters(self.model).values()):
-            self._surroundings = Surroundings(self.model, self.args.device, trainer)
-            self._surroundings.warned = known is not None and known.warned
-        assert self._surroundings is not None
+        if known is not None and known.is_of(trainable):
+            return known
+        self._surroundings = Surroundings(self.model, self.args.device, trainer)
+        self._surroundings.warned = known is not None and known.warned
         return self._surroundings
 
     @property
