@@ -59,7 +59,7 @@ def spread(numbers: Mapping[int, float]) -> str:
     if not numbers:
         return "-"
     average, deviation = mean_and_deviation(numbers.values())
-    if not deviation > 0:  # a single run, or all alike
+    if not deviation > 1e-12 * abs(average):  # a single run, or all alike
         return f"{average:.4g}" + ("" if math.isnan(deviation) else " ± 0")
     decimals = max(0, 1 - math.floor(math.log10(deviation)))
     return f"{average:.{decimals}f} ± {deviation:.{decimals}f}"
