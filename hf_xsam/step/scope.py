@@ -61,8 +61,8 @@ def in_scope(parameters: Mapping[str, nn.Parameter], scope: str, model: nn.Modul
 
 
 @contextmanager
-def others_frozen(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[nn.Parameter]]:
-    """Within the block, have no parameter of `model` but `parameters` take gradients; yield those that did.
+def others_frozen(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block, have no parameter of `model` but `parameters` take gradients.
 
     A second derivative's graph then holds only what theirs needs. It must be used within the block, for checkpointed
     layers are computed again at that time, and must give the same graph.
@@ -72,7 +72,7 @@ def others_frozen(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[li
     try:
         for parameter in others:
             parameter.requires_grad_(False)
-        yield others
+        yield
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
