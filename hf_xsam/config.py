@@ -228,7 +228,7 @@ class XSAMConfig:
         return cls(**(authors | settings))
 
     @classmethod
-    def one_pass(cls, rho: float | None = None, **settings: Any) -> "XSAMConfig":
+    def one_pass(cls, rho: float | None = None, *, perturbation: str = "eigenvector", **settings: Any) -> "XSAMConfig":
         """Return settings under which a step takes one forward and backward pass; `settings` override them.
 
         The weights move by rho * v or -rho * v in turn, v the Hessian's top eigenvector, and nothing is corrected. The
@@ -243,12 +243,12 @@ class XSAMConfig:
         Args:
             rho: radius of the perturbation; by default 0.05 along v and 0.4 along a random direction, 5 and 40 times
                 SAM's default, as the best radii were on a CNN from scratch.
+            perturbation: `"eigenvector"` or `"random"`.
             **settings: other fields of `XSAMConfig`.
         """
-        perturbation = settings.get("perturbation", "eigenvector")
         if rho is None:
             rho = 0.4 if perturbation == "random" else 0.05
-        one_pass = {"perturbation": perturbation, "alpha": 0.0, "rho": rho, "eigen_warmup_steps": 0}
+        one_pass: dict[str, Any] = {"perturbation": perturbation, "alpha": 0.0, "rho": rho, "eigen_warmup_steps": 0}
         return cls(**(one_pass | settings))
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """X-SAM's optimizer steps: each replaces the gradient that the Trainer has accumulated by a sharpness-aware one."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -88,7 +88,7 @@ class SharpnessAwareSteps:
         refresh_is_due = self.config.refreshes_at(step, self.state.refreshed_at)
         surroundings, marks = None, None
         if check_is_due or refresh_is_due or not self.config.takes_one_pass:
-            surroundings = self._find_surroundings(trainer, list(trainable.values()))
+            surroundings = self._find_surroundings(trainer, trainable.values())
             marks = marks_of(surroundings) if check_is_due else None
         kept = (training_step, self.accelerator, model, surroundings, marks)
         self.window = Window(*kept) if self._engine is None else EngineWindow(*kept, engine=self._engine)
@@ -140,7 +140,7 @@ class SharpnessAwareSteps:
         """Let go of the trainer that the steps were of."""
         self.window = self._surroundings = None
 
-    def _find_surroundings(self, trainer: Any, trainable: Sequence[nn.Parameter]) -> Surroundings:
+    def _find_surroundings(self, trainer: Any, trainable: Iterable[nn.Parameter]) -> Surroundings:
         """Return what the steps change beside gradients, found anew where parameters were frozen or unfrozen."""
         known = self._surroundings
         if known is not None and known.is_of(trainable):
