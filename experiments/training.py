@@ -69,13 +69,15 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """Return all that decides the run's outcome besides its seed, as JSON gives it back."""
         config = self.xsam_config()
-        xsam = None if config is None else config.to_dict()
-        if xsam:
-            for name in ("log_metrics", "replay_check"):  # which change no result
-                del xsam[name]
+        xsam = None
+        if config is not None:
+            fields = config.to_dict()
+            ignored = {"log_metrics", "replay_check"}  # which change no result
+            if not (config.needs_eigenvector or config.takes_one_pass):  # SAM
+                ignored |= {name for name in fields if name.startswith("eigen_")}
             # Fields that came after the first results: none of their defaults changes a step.
             later = {"perturbation": "gradient", "start_step": 0}
-            xsam = {name: value for name, value in xsam.items() if later.get(name, ...) != value}
+            xsam = {name: x for name, x in fields.items() if name not in ignored and later.get(name, ...) != x}
             if MODES[self.mode.removesuffix(LONG)].random:
                 xsam["direction"] = "random"
         return {

@@ -89,6 +89,14 @@ class TestJobs:
             xsam = Job(name, "fixed", "paper", 0, 0.05, 0.1, 1).settings()["xsam"]
             assert xsam.items() >= tasks.FIRST_ESTIMATE.items()
 
+    def test_the_estimate_is_not_among_the_settings_of_sam_which_has_none(self):
+        for mode in ("sam", "sam_late_0.7", "sam_long"):
+            xsam = Job("digits_cnn_wrong40", "fixed", mode, 0, 0.05, 0.1, 1).settings()["xsam"]
+            assert not xsam.keys() & tasks.SECOND_ESTIMATE.keys()
+        for mode in ("paper", "one_pass", "one_pass_random"):
+            xsam = Job("digits_cnn_wrong40", "fixed", mode, 0, 0.05, 0.1, 1).settings()["xsam"]
+            assert xsam.items() >= tasks.SECOND_ESTIMATE.items()
+
     def test_a_mode_s_radii_are_multiples_of_sam_s(self):
         task = tasks.TASKS["digits_cnn_wrong40"]
         for mode, factor in {"sam": 1, "paper_random": 1, "one_pass_late_0.7": 5, "one_pass_random": 40}.items():
