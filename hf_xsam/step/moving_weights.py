@@ -44,7 +44,7 @@ class MovingWeights:
             i for i, (now, before) in enumerate(zip(self._read_marks(), self._marks, strict=True)) if now != before
         }
         if self.steps and self.is_watched:
-            moved |= set((sums(self.weights) != self._sums).nonzero().flatten().tolist())
+            moved |= set(changed(self._sums, sums(self.weights)))
         known = set(map(id, self.moving))
         self.moving = self.moving + [
             w for w in (self.weights[number] for number in sorted(moved)) if id(w) not in known
@@ -98,6 +98,11 @@ def sums(tensors: Iterable[Tensor]) -> Tensor:
     totals = [_sum_and_norm(tensor) for tensor in map(local, tensors)]
     device = totals[0].device if totals else None
     return torch.stack([total.to(device) for total in totals]).cpu().double() if totals else torch.zeros(0)
+
+
+def changed(before: Tensor, after: Tensor) -> list[int]:
+    """Return the numbers of the tensors whose `sums` differ; NaN twice is no change."""
+    return ((after != before) & ~(after.isnan() & before.isnan())).nonzero().flatten().tolist()
 
 
 def _sum_and_norm(tensor: Tensor) -> Tensor:

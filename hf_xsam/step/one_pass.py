@@ -10,7 +10,7 @@ from ..config import XSAMConfig
 from ..functional.power_iteration import random_unit_vector
 from ..functional.tensors import scale
 from ..state import XSAMState
-from .moving_weights import WATCHED_STEPS, sums
+from .moving_weights import WATCHED_STEPS, changed, sums
 
 SEEDS_APART = 10**9  # of the random directions of two trainings
 
@@ -59,9 +59,7 @@ class OnePass:
             return
         before = sums(weights.values())
         yield
-        after = sums(weights.values())
-        moved = ((after != before) & ~(after.isnan() & before.isnan())).nonzero().flatten().tolist()
-        if moved:
+        if moved := changed(before, sums(weights.values())):
             raise ValueError(
                 f"XSAMConfig.perturbation is {self.config.perturbation!r}, but the model's forward pass itself changes "
                 f"trainable weights, such as {list(weights)[moved[0]]!r}, which one pass cannot keep. Use "
