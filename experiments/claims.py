@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from intervals import mean_and_deviation, paired_difference
-from tables import EIGENVALUE, MINUS, Runs, metric_of, spread, table, values
+from tables import EIGENVALUE, MINUS, SEEDS, Runs, metric_of, spread, table, values
 from tasks import TASKS
 
 
@@ -86,22 +86,26 @@ FIRST_PAGE = ("stock", "sam", "paper", "stock_long", "sam_long")  # the rows of 
 
 
 def complete(found: Mapping[tuple[str, str], Runs]) -> dict[str, Runs]:
-    """Return the tuned runs of the tasks that have five seeds of every mode."""
+    """Return the tuned runs of the first tasks that have five seeds of each mode of README.md's table."""
     return {
         task: runs
         for (task, part), runs in found.items()
-        if part == "tuned" and all(mode in runs and len(runs[mode]) >= 5 for mode in LABELS)
+        if part == "tuned" and task in TITLES and all(len(runs.get(mode, {})) >= SEEDS for mode in FIRST_PAGE)
     }
 
 
 def overview(found: Mapping[tuple[str, str], Runs]) -> str:
-    """Return the table of test metric and top eigenvalue of every mode."""
+    """Return the table of test metric and top eigenvalue of every mode; "-" without five seeds."""
     tasks = complete(found)
 
     def cell(task: str, records: Mapping[int, dict[str, Any]]) -> str:
+        if len(records) < SEEDS:
+            return "-"
         return ", ".join(spread(values(records, *keys)) for keys in (metric_of(task), ("metrics", EIGENVALUE)))
 
-    rows = [[label, *(cell(task, runs[mode]) for task, runs in tasks.items())] for mode, label in LABELS.items()]
+    rows = [
+        [label, *(cell(task, runs.get(mode, {})) for task, runs in tasks.items())] for mode, label in LABELS.items()
+    ]
     return table(["", *(TITLES[task] for task in tasks)], rows)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from intervals import holm, mean_and_deviation, paired_difference
 from modes import LABELS
-from tables import EIGENVALUE, MINUS, Runs, metric_of, spread, table, values
+from tables import EIGENVALUE, MINUS, SEEDS, Runs, metric_of, spread, table, values
 
 Record = Mapping[str, Any]
 Values = Mapping[int, float]  # by seed
@@ -200,7 +200,6 @@ def gains(task: str, runs: Runs) -> str:
     return "\n\n".join([chosen(runs), *(f"*{name}*\n\n{text}" for name, text in sections.items())])
 
 
-SEEDS = 5  # of each mode, where it is compared
 SHORT_TITLES = {
     "digits_cnn_wrong40": "CNN, 40% wrong",
     "digits_cnn_wrong60": "CNN, 60% wrong",

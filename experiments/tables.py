@@ -10,6 +10,7 @@ from modes import ALL_MODES
 from records import load
 from tasks import TASKS
 
+SEEDS = 5  # of each mode, where it is compared
 EIGENVALUE = "top_eigenvalue"
 MINUS = "\N{MINUS SIGN}"
 

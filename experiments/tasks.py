@@ -16,7 +16,7 @@ MODES_OF_FIRST_TASKS = (
     *("stock_long", "sam_long"),
 )
 
-# How v was estimated by default when the first six tasks were run, when the CNN with wrong labels was, and the others.
+# How v was estimated by default when the first five tasks were run, when the CNN with wrong labels was, and the others.
 FIRST_ESTIMATE = {"eigen_interval": 10, "eigen_batch_fraction": 0.5, "eigen_momentum": 0.3}
 SECOND_ESTIMATE = {"eigen_interval": 5, "eigen_batch_fraction": 0.25, "eigen_momentum": 0.7}
 THIRD_ESTIMATE = {"eigen_interval": 4, "eigen_batch_fraction": 0.25, "eigen_momentum": 0.8}
@@ -164,10 +164,12 @@ MOVIE_TEXT = Task(
     train_sample=16,
     curvature_sample=4,
     tuning_seeds=(100,),
-    xsam=FIRST_ESTIMATE,
+    widenings=1,
+    xsam=THIRD_ESTIMATE,
     metric="perplexity",
     greater_is_better=False,
     mean_loss=False,
+    modes=("stock", "sam", "paper", "projection", "aligned_0.5", "stock_long", "sam_long"),
 )
 
 
@@ -180,7 +182,7 @@ def forgetting_task(lora: bool, learning_rates: Sequence[float]) -> Task:
         rhos=(MOVIE_TEXT.rho,),
         stock_learning_rates=learning_rates,
         tuning_seeds=(),
-        xsam=THIRD_ESTIMATE,
+        widenings=0,
         modes=("stock", "sam", "one_pass"),
     )
 
@@ -240,6 +242,24 @@ TASKS: dict[str, Task] = {
         xsam=THIRD_ESTIMATE,
         **VIT,
         **WRONG_LABELS,
+    ),
+    "digits_cnn_long": Task(
+        partial(digits_cnn, wrong=0.0),
+        {**CNN_ARGUMENTS, "num_train_epochs": 100},
+        learning_rate=0.05,
+        rho=0.1,
+        learning_rates=(0.02, 0.05, 0.1),
+        rhos=(0.05, 0.1),
+        stock_learning_rates=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+        train_sample=1077,
+        curvature_sample=1077,
+        tuning_seeds=(100,),
+        widenings=1,
+        xsam=THIRD_ESTIMATE,
+        modes=(
+            *("stock", "sam", "paper", "one_pass", "one_pass_differences", "one_pass_random"),
+            *("stock_long", "sam_long"),
+        ),
     ),
     "movies_memorized": Task(
         partial(movie_sentences, train_samples=400, wrong=0.3, held_out=500),
