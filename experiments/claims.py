@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from intervals import mean_and_deviation, paired_difference
-from tables import EIGENVALUE, MINUS, SEEDS, Runs, metric_of, spread, table, values
+from tables import EIGENVALUE, MINUS, Runs, has_all_seeds, metric_of, spread, table, values
 from tasks import TASKS
 
 
@@ -90,7 +90,7 @@ def complete(found: Mapping[tuple[str, str], Runs]) -> dict[str, Runs]:
     return {
         task: runs
         for (task, part), runs in found.items()
-        if part == "tuned" and task in TITLES and all(len(runs.get(mode, {})) >= SEEDS for mode in FIRST_PAGE)
+        if part == "tuned" and task in TITLES and all(has_all_seeds(runs, mode) for mode in FIRST_PAGE)
     }
 
 
@@ -98,14 +98,12 @@ def overview(found: Mapping[tuple[str, str], Runs]) -> str:
     """Return the table of test metric and top eigenvalue of every mode; "-" without five seeds."""
     tasks = complete(found)
 
-    def cell(task: str, records: Mapping[int, dict[str, Any]]) -> str:
-        if len(records) < SEEDS:
+    def cell(task: str, runs: Runs, mode: str) -> str:
+        if not has_all_seeds(runs, mode):
             return "-"
-        return ", ".join(spread(values(records, *keys)) for keys in (metric_of(task), ("metrics", EIGENVALUE)))
+        return ", ".join(spread(values(runs[mode], *keys)) for keys in (metric_of(task), ("metrics", EIGENVALUE)))
 
-    rows = [
-        [label, *(cell(task, runs.get(mode, {})) for task, runs in tasks.items())] for mode, label in LABELS.items()
-    ]
+    rows = [[label, *(cell(task, runs, mode) for task, runs in tasks.items())] for mode, label in LABELS.items()]
     return table(["", *(TITLES[task] for task in tasks)], rows)
 
 

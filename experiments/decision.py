@@ -13,7 +13,7 @@ from forgetting import beyond_stock, by_seed
 from gains import CLEAN, WRONG, Values, price, stopped_early
 from intervals import Difference, holm, mean_and_deviation, paired_difference
 from modes import LABELS
-from tables import MINUS, SEEDS, Runs, metric_of, table, values
+from tables import MINUS, SEEDS, Runs, has_all_seeds, metric_of, table, values
 from tasks import TASKS
 
 Reading = Callable[[str, Mapping[int, Any]], Values]
@@ -95,7 +95,7 @@ SITUATIONS = [
 
 def measured(mode: str, task: str, runs: Runs) -> bool:
     """Return whether there are five seeds of the mode; X-SAM's do not count where v was another vector."""
-    return len(runs.get(mode, {})) >= SEEDS and not (mode == "paper" and task in LOST_EIGENVECTOR)
+    return has_all_seeds(runs, mode) and not (mode == "paper" and task in LOST_EIGENVECTOR)
 
 
 def best_baseline(situation: Situation, task: str, runs: Runs) -> tuple[str, Values]:
@@ -139,7 +139,7 @@ def cells_of(numbers: Mapping[str, Values], reference: Values, runs: Runs, sign:
 def tuned_row(situation: Situation, task: str, runs: Runs) -> list[str] | None:
     """Return the row of a situation that is read from tuned runs."""
     modes = [mode for mode in CANDIDATES if measured(mode, task, runs)]
-    if not modes or any(len(runs.get(mode, {})) < SEEDS for mode, _ in situation.baselines):
+    if not modes or not all(has_all_seeds(runs, mode) for mode, _ in situation.baselines):
         return None
     label, reference = best_baseline(situation, task, runs)
     numbers = {mode: situation.read(task, runs[mode]) for mode in modes}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from intervals import holm, mean_and_deviation, paired_difference
 from modes import LABELS
-from tables import EIGENVALUE, MINUS, SEEDS, Runs, metric_of, spread, table, values
+from tables import EIGENVALUE, MINUS, Runs, has_all_seeds, metric_of, spread, table, values
 
 Record = Mapping[str, Any]
 Values = Mapping[int, float]  # by seed
@@ -214,7 +214,7 @@ def short_gains(found: Mapping[str, Runs]) -> str:
     Returns:
         "" where no task has five seeds of the stock optimizer.
     """
-    complete = {task: runs for task, runs in found.items() if len(runs.get("stock", {})) >= SEEDS}
+    complete = {task: runs for task, runs in found.items() if has_all_seeds(runs, "stock")}
     rows = {label: [] for label in LABELS.values()}
     stopped = {
         split: f"stock Trainer, best epoch on {kind} validation labels"
@@ -224,7 +224,7 @@ def short_gains(found: Mapping[str, Runs]) -> str:
     for task, runs in complete.items():
         for mode, label in LABELS.items():
             cell = "-"
-            if len(runs.get(mode, {})) >= SEEDS:
+            if has_all_seeds(runs, mode):
                 average, _ = mean_and_deviation(values(runs[mode], *metric_of(task)).values())
                 cell = f"{average:.3f}, {price(runs, mode):.1f}x"
             rows[label].append(cell)

@@ -17,6 +17,11 @@ MINUS = "\N{MINUS SIGN}"
 Runs = Mapping[str, Mapping[Any, dict[str, Any]]]  # mode -> seed, or (learning rate, seed) of a sweep -> record
 
 
+def has_all_seeds(runs: Runs, mode: str) -> bool:
+    """Return whether the mode has a run of every seed that modes are compared over."""
+    return len(runs.get(mode, {})) >= SEEDS
+
+
 def runs_of(records: Mapping[str, dict[str, Any]], part: str) -> Runs:
     """Return a task's records of "tuned" or "fixed" settings by mode, in the modes' order, and seed.
 

@@ -130,11 +130,12 @@ CNN_ARGUMENTS = {
     "max_grad_norm": 0.0,  # no clipping: the gradient's norm is part of what is compared
 }
 
+CNN: dict[str, Any] = {"learning_rate": 0.05, "train_sample": 1077, "curvature_sample": 1077}
+
 # Of the tasks that ask where flatness pays: wrong labels, which a long training learns by heart.
 WRONG_LABELS: dict[str, Any] = {"modes": MODES_OF_LATER_TASKS, "watched": True, "tuning_seeds": (100,), "widenings": 2}
 CNN_WRONG_LABELS: dict[str, Any] = {
     "arguments": CNN_ARGUMENTS,
-    "learning_rate": 0.05,
     "rho": 0.1,
     # Widened twice: of 0.02 and 0.05 times 0.05, 0.1 and 0.2, the best was at an end, and so was the stock optimizer's,
     # then again with 0.01 and 0.4.
@@ -142,9 +143,8 @@ CNN_WRONG_LABELS: dict[str, Any] = {
     "late_learning_rates": (0.0005, 0.001, 0.002, 0.005),
     "rhos": (0.1, 0.2, 0.4),
     "stock_learning_rates": (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2),
-    "train_sample": 1077,
-    "curvature_sample": 1077,
     "xsam": SECOND_ESTIMATE,
+    **CNN,
     **WRONG_LABELS,
 }
 
@@ -191,14 +191,12 @@ TASKS: dict[str, Task] = {
     "digits_cnn": Task(
         partial(digits_cnn, wrong=0.1),
         CNN_ARGUMENTS,
-        learning_rate=0.05,
         rho=0.05,
         learning_rates=(0.01, 0.05, 0.2),
         rhos=(0.05, 0.1),
         stock_learning_rates=(0.005, 0.01, 0.03, 0.05, 0.1, 0.2),
-        train_sample=1077,
-        curvature_sample=1077,
         xsam=FIRST_ESTIMATE,
+        **CNN,
     ),
     "digits_vit": Task(
         digits_vit,
@@ -246,13 +244,10 @@ TASKS: dict[str, Task] = {
     "digits_cnn_long": Task(
         partial(digits_cnn, wrong=0.0),
         {**CNN_ARGUMENTS, "num_train_epochs": 100},
-        learning_rate=0.05,
         rho=0.1,
         learning_rates=(0.02, 0.05, 0.1),
         rhos=(0.05, 0.1),
         stock_learning_rates=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
-        train_sample=1077,
-        curvature_sample=1077,
         tuning_seeds=(100,),
         widenings=1,
         xsam=THIRD_ESTIMATE,
@@ -260,6 +255,7 @@ TASKS: dict[str, Task] = {
             *("stock", "sam", "paper", "one_pass", "one_pass_differences", "one_pass_random"),
             *("stock_long", "sam_long"),
         ),
+        **CNN,
     ),
     "movies_memorized": Task(
         partial(movie_sentences, train_samples=400, wrong=0.3, held_out=500),
